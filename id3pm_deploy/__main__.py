@@ -1,0 +1,5 @@
+"""``python -m id3pm_deploy``."""
+
+from .cli import run
+
+run()

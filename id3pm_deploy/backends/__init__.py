@@ -1,0 +1,1 @@
+"""The Engine seam and its backends; importing this imports no runtime."""

@@ -1,0 +1,167 @@
+"""The seam between the sampler and whatever runs the step graph."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import EngineError
+from ..guidance import GuidanceTable
+from ..solvers import STATE_SLOTS, STEP_WIDTH
+from ..spec import DiffusionSpec
+
+Float32 = npt.NDArray[np.float32]
+
+STEP_INPUTS = ("state", "noise", "identity", "row", "mix", "step")
+STEP_OUTPUTS = ("state_next", "x0", "finite")
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine says of itself in records and reports.
+
+    ``precision`` is a label for people: ONNX Runtime's CPU provider runs a float16
+    graph in float32, which is then called "float16 weights".
+    """
+
+    backend: str
+    version: str
+    precision: str
+    device: str
+
+
+@dataclass(frozen=True)
+class StepShapes:
+    """Sizes that follow from the model: pictures [C, H, W], identity vectors [D]."""
+
+    channels: int
+    size: int
+    identity_dim: int
+
+    @property
+    def picture(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return (self.channels, self.size, self.size)
+
+
+def step_shapes(spec: DiffusionSpec) -> StepShapes:
+    """The shapes of the step graph of ``spec``."""
+    model = spec.model
+    return StepShapes(model.image_channels, model.image_size, spec.identity.dim)
+
+
+class Engine(ABC):
+    """Runs table rows on buffers of its own, whose addresses stay the same.
+
+    Use it as a context manager. ``begin`` sets x_T and the guidance table, ``run_row``
+    executes one table row, the getters copy results out.
+    """
+
+    def __init__(self, info: EngineInfo, shapes: StepShapes) -> None:
+        self.info = info
+        self.shapes = shapes
+        self._bad: npt.NDArray[np.bool_] | None = None
+        self._row: npt.NDArray[np.int32] | None = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything; the engine cannot be used afterwards."""
+
+    @abstractmethod
+    def _begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
+        """Make buffers for these sizes and fill the constant ones."""
+
+    @abstractmethod
+    def _run(self, step: Float32, noise: Float32 | None) -> Float32:
+        """Execute one table row; return ``finite`` [R]."""
+
+    @abstractmethod
+    def state(self) -> Float32:
+        """A copy of the state, [K, B, C, H, W]."""
+
+    @abstractmethod
+    def load_state(self, state: Float32) -> None:
+        """Put a state [K, B, C, H, W] of a begun trajectory in place."""
+
+    @abstractmethod
+    def preview(self) -> Float32:
+        """A copy of the last row's predicted x0, [B, C, H, W]."""
+
+    def begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
+        """Start a trajectory.
+
+        Args:
+            x_t: [B, C, H, W] float32, the starting point; the other slots are zeroed.
+            guidance: UNet rows and how they mix.
+
+        Raises:
+            EngineError: A shape or dtype does not fit the model.
+        """
+        samples, rows = guidance.samples, guidance.unet_rows
+        check_array(x_t, (samples, *self.shapes.picture), "x_T")
+        check_array(guidance.identity, (rows, self.shapes.identity_dim), "identity")
+        check_array(guidance.mix, (2, samples, rows), "mix")
+        check_array(guidance.row, (rows,), "row", np.int32)
+        if rows and not 0 <= guidance.row.min() <= guidance.row.max() < samples:
+            raise EngineError(f"row must name samples from 0 to {samples - 1}")
+        self._bad = np.zeros(samples, dtype=np.bool_)
+        self._row = guidance.row
+        self._begin(x_t, guidance)
+
+    def run_row(self, step: Float32, noise: Float32 | None) -> None:
+        """Execute one table row for every sample.
+
+        Args:
+            step: [B, S] float32, each sample's table row.
+            noise: [B, C, H, W] float32, or None where the row uses none.
+
+        Raises:
+            EngineError: ``begin`` was not called, or a shape or dtype does not fit.
+        """
+        if self._bad is None or self._row is None:
+            raise EngineError("a table row was run before a trajectory was begun")
+        count = len(self._bad)
+        check_array(step, (count, STEP_WIDTH), "step")
+        if noise is not None:
+            check_array(noise, (count, *self.shapes.picture), "noise")
+        finite = self._run(step, noise)
+        self._bad[self._row[finite < 0.5]] = True
+
+    def failed_samples(self) -> npt.NDArray[np.bool_]:
+        """[B], True where a UNet row of the sample was ever NaN or infinite."""
+        if self._bad is None:
+            raise EngineError("no trajectory was begun")
+        failed: npt.NDArray[np.bool_] = self._bad.copy()
+        return failed
+
+
+def check_array(
+    array: npt.NDArray[Any], shape: tuple[int, ...], name: str, dtype: type = np.float32
+) -> None:
+    """Raise :class:`EngineError` unless ``array`` has this shape and dtype."""
+    if array.shape != shape or array.dtype != dtype:
+        raise EngineError(
+            f"{name} must be {np.dtype(dtype)} of shape {shape}",
+            why=f"it is {array.dtype} of shape {array.shape}",
+        )
+
+
+def empty_state(samples: int, shapes: StepShapes) -> Float32:
+    """A zeroed state, [K, B, C, H, W]."""
+    return np.zeros((STATE_SLOTS, samples, *shapes.picture), dtype=np.float32)

@@ -1,0 +1,98 @@
+"""The step module run by PyTorch itself: the reference as an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import EngineError
+from ..guidance import GuidanceTable
+from ..reference.step import Precision, step_module
+from ..reference.unet import IdentityUNet
+from .base import Engine, EngineInfo, Float32, StepShapes, check_array, empty_state
+
+
+class TorchEngine(Engine):
+    """Engine over the PyTorch step module, on a CPU or a CUDA device.
+
+    Args:
+        network: The reference network, in float32.
+        shapes: Sizes of the model.
+        precision: ``float32`` or ``float16`` (the oracle of FP16 engines).
+        device: A torch device.
+
+    Raises:
+        EngineError: The device is not there.
+    """
+
+    def __init__(
+        self,
+        network: IdentityUNet,
+        shapes: StepShapes,
+        precision: Precision = "float32",
+        device: str = "cpu",
+    ) -> None:
+        try:
+            self._device = torch.device(device)
+            module = step_module(network, precision).to(self._device)
+        except (RuntimeError, AssertionError) as error:
+            raise EngineError(
+                f"PyTorch cannot use the device {device!r}",
+                why=str(error).splitlines()[0],
+                fix="use --device cpu",
+            ) from error
+        self._module: Any = module
+        info = EngineInfo("torch", torch.__version__, precision, str(self._device))
+        super().__init__(info, shapes)
+        self._state: Any = None
+        self._x0: Any = None
+        self._constant: tuple[Any, ...] = ()
+
+    def close(self) -> None:
+        """Drop the module and its tensors."""
+        self._module = self._state = self._x0 = None
+        self._constant = ()
+
+    def _tensor(self, array: Any) -> Any:
+        return torch.from_numpy(np.array(array)).to(self._device)
+
+    def _begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
+        state = empty_state(guidance.samples, self.shapes)
+        state[0] = x_t
+        self._state = self._tensor(state)
+        self._x0 = torch.zeros_like(self._state[0])
+        self._zero_noise = torch.zeros_like(self._state[0])
+        self._constant = tuple(
+            self._tensor(part)
+            for part in (guidance.identity, guidance.row, guidance.mix)
+        )
+
+    @torch.inference_mode()
+    def _run(self, step: Float32, noise: Float32 | None) -> Float32:
+        drawn = self._zero_noise if noise is None else self._tensor(noise)
+        out = self._module(self._state, drawn, *self._constant, self._tensor(step))
+        self._state, self._x0 = out.state, out.x0
+        finite: Float32 = out.finite.cpu().numpy()
+        return finite
+
+    def state(self) -> Float32:
+        """A copy of the state, [K, B, C, H, W]."""
+        return self._copied(self._state)
+
+    def load_state(self, state: Float32) -> None:
+        """Put a state [K, B, C, H, W] of a begun trajectory in place."""
+        check_array(state, self.state().shape, "state")
+        self._state = self._tensor(state)
+
+    def preview(self) -> Float32:
+        """A copy of the last row's predicted x0, [B, C, H, W]."""
+        return self._copied(self._x0)
+
+    @staticmethod
+    def _copied(tensor: Any) -> Float32:
+        if tensor is None:
+            raise EngineError("no trajectory was begun")
+        copy: Float32 = tensor.cpu().numpy().copy()
+        return copy

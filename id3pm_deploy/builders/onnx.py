@@ -1,0 +1,296 @@
+"""CHECKPOINT to ONNX: the step graph (or the bare UNet), checked before it is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import Tensor, nn
+
+from ..backends.base import STEP_INPUTS, STEP_OUTPUTS, step_shapes
+from ..backends.onnxruntime import make_session
+from ..compare import compare
+from ..errors import BuildError, ParityError, RecipeError
+from ..guidance import guidance_table
+from ..noise import batch_normals
+from ..reference.step import half_body, step_module
+from ..reference.unet import IdentityUNet
+from ..solvers import STATE_SLOTS, SolverSettings, solver_table
+from ..spec import DiffusionSpec
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+UNET_INPUTS = ("x", "timestep", "identity")
+UNET_OUTPUTS = ("out",)
+
+_TRACED = (2, 3)
+_CHECKED = ((1, 1), (1, 2), (2, 3), (3, 6), (5, 5))
+_GOLDEN = (2, 3)
+
+
+@dataclass(frozen=True)
+class ExportRecipe:
+    """How a graph is exported; files of this form lie in ``export/``.
+
+    Attributes:
+        summary: One line for people.
+        graph: ``step`` for a whole solver step, ``unet`` for the bare UNet.
+        precision: Of the UNet's body.
+        opset: ONNX opset.
+        tolerance_step: Largest max|a-b|/max|b| of one table row against PyTorch in
+            the same precision.
+        tolerance_trajectory: The same for a whole trajectory.
+    """
+
+    summary: str
+    graph: Literal["step", "unet"] = "step"
+    precision: Literal["float32", "float16"] = "float32"
+    opset: int = 20
+    tolerance_step: float = 1e-5
+    tolerance_trajectory: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not 18 <= self.opset <= 24:
+            raise RecipeError("opset must be from 18 to 24", why=f"it is {self.opset}")
+        for name in ("tolerance_step", "tolerance_trajectory"):
+            if not 0 < getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """A checked graph.
+
+    Attributes:
+        data: The serialised ONNX model.
+        golden: Inputs by name, and what PyTorch makes of them as ``expected.NAME``.
+        nodes: Number of operators.
+        worst_error: Largest max|a-b|/max|b| over outputs and sizes that were checked.
+        checked: The (B, R) that were run under ONNX Runtime.
+    """
+
+    data: bytes
+    golden: Arrays
+    nodes: int
+    worst_error: float
+    checked: tuple[tuple[int, int], ...]
+
+
+class _UnetModule(nn.Module):
+    """The bare UNet with named inputs."""
+
+    def __init__(self, network: IdentityUNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, timestep: Tensor, identity: Tensor) -> Tensor:
+        """[R, C, H, W], [R], [R, D] to [R, C or 2C, H, W]; see IdentityUNet."""
+        out: Tensor = self.network(x, timestep, identity)
+        return out
+
+
+def step_inputs(spec: DiffusionSpec, samples: int, unet_rows: int, seed: int) -> Arrays:
+    """Random but sensible inputs of the step graph: real table rows, unit noise.
+
+    Args:
+        spec: Facts of the model.
+        samples: B.
+        unet_rows: R; any number, the rows are dealt to the samples in turn.
+        seed: Seed of all numbers.
+    """
+    shapes = step_shapes(spec)
+    picture = shapes.picture
+    steps = min(10, spec.schedule.timesteps)
+    table = solver_table(spec, SolverSettings(solver="ddpm", steps=steps))
+    chosen = np.arange(samples) * 3 % (len(table) - 1)
+    identity = batch_normals(seed, range(unet_rows), 0, 1, (shapes.identity_dim,))
+    identity[-1] *= 0.0 if unet_rows > 1 else 1.0
+    row = (np.arange(unet_rows) % samples).astype(np.int32)
+    mix = np.zeros((2, samples, unet_rows), np.float32)
+    mix[:, row, np.arange(unet_rows)] = 1.0
+    if unet_rows == 2 * samples:
+        guided = guidance_table(identity[:samples], 2.0)
+        mix = guided.mix
+    state = np.zeros((STATE_SLOTS, samples, *picture), np.float32)
+    for slot in range(STATE_SLOTS):
+        state[slot] = batch_normals(seed, range(samples), 1, slot, picture)
+    return {
+        "state": state,
+        "noise": batch_normals(seed, range(samples), 2, 0, picture),
+        "identity": identity,
+        "row": row,
+        "mix": mix,
+        "step": table.rows[chosen],
+    }
+
+
+def unet_inputs(spec: DiffusionSpec, unet_rows: int, seed: int) -> Arrays:
+    """Random inputs of the bare UNet, R rows."""
+    shapes = step_shapes(spec)
+    times = np.linspace(0, spec.schedule.timesteps - 1, unet_rows)
+    return {
+        "x": batch_normals(seed, range(unet_rows), 0, 0, shapes.picture),
+        "timestep": times.astype(np.float32),
+        "identity": batch_normals(seed, range(unet_rows), 0, 1, (shapes.identity_dim,)),
+    }
+
+
+def export_graph(
+    network: IdentityUNet, spec: DiffusionSpec, recipe: ExportRecipe
+) -> ExportedGraph:
+    """Export, check and compare a graph.
+
+    The result passes onnx's full checker and agrees with PyTorch under ONNX Runtime
+    on several (B, R), most of which were not traced.
+
+    Raises:
+        BuildError: The exporter or the checker refuses the model.
+        ParityError: The graph computes something else than PyTorch.
+    """
+    module, inputs, outputs = _module_and_names(network, recipe)
+    proto = _traced(module, _example(spec, recipe, _TRACED), recipe, inputs, outputs)
+    _strip_origin(proto)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BuildError("the exported graph is not valid", why=str(error)) from error
+    data = proto.SerializeToString()
+    worst = _checked_against(module, data, spec, recipe, outputs)
+    golden = _example(spec, recipe, _GOLDEN)
+    expected = _run_torch(module, golden, outputs)
+    golden |= {f"expected.{name}": value for name, value in expected.items()}
+    return ExportedGraph(data, golden, len(proto.graph.node), worst, _CHECKED)
+
+
+def _module_and_names(
+    network: IdentityUNet, recipe: ExportRecipe
+) -> tuple[nn.Module, tuple[str, ...], tuple[str, ...]]:
+    if recipe.graph == "step":
+        return step_module(network, recipe.precision), STEP_INPUTS, STEP_OUTPUTS
+    body = half_body(network) if recipe.precision == "float16" else network
+    return _UnetModule(body).eval(), UNET_INPUTS, UNET_OUTPUTS
+
+
+def _example(spec: DiffusionSpec, recipe: ExportRecipe, size: tuple[int, int]) -> Arrays:
+    if recipe.graph == "step":
+        return step_inputs(spec, *size, seed=sum(size))
+    return unet_inputs(spec, size[1], seed=size[1])
+
+
+def _dynamic_shapes(recipe: ExportRecipe) -> tuple[dict[int, Any], ...]:
+    r = torch.export.Dim("R", min=1, max=4096)
+    if recipe.graph == "unet":
+        return ({0: r}, {0: r}, {0: r})
+    b = torch.export.Dim("B", min=1, max=2048)
+    return ({1: b}, {0: b}, {0: r}, {0: r}, {1: b, 2: r}, {0: b})
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter speaks of packages we do not need and of its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            torch.no_grad(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _traced(
+    module: nn.Module,
+    example: Arrays,
+    recipe: ExportRecipe,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+) -> Any:
+    arguments = tuple(torch.from_numpy(example[name]) for name in inputs)
+    try:
+        with _quiet_exporter():
+            program = torch.onnx.export(
+                module,
+                arguments,
+                dynamo=True,
+                opset_version=recipe.opset,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=_dynamic_shapes(recipe),
+                verbose=False,
+            )
+    except Exception as error:  # torch's exporter wraps failures of many kinds
+        raise BuildError(
+            "PyTorch cannot export this model to ONNX",
+            why=str(error).strip().splitlines()[0][:300],
+            fix="report it with the checkpoint's config.json",
+        ) from error
+    assert program is not None
+    return program.model_proto
+
+
+def _strip_origin(proto: Any) -> None:
+    """Remove what the exporter notes of the source code: stack traces with paths."""
+    del proto.metadata_props[:]
+    proto.doc_string = ""
+    graph = proto.graph
+    for item in (*graph.node, *graph.input, *graph.output, *graph.value_info):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    for item in graph.initializer:
+        del item.metadata_props[:]
+        item.doc_string = ""
+    del graph.metadata_props[:]
+    del graph.value_info[:]
+
+
+def _run_torch(
+    module: nn.Module, inputs: Mapping[str, Any], outputs: tuple[str, ...]
+) -> Arrays:
+    with torch.inference_mode():
+        made = module(*(torch.from_numpy(np.array(v)) for v in inputs.values()))
+    tensors = made if isinstance(made, tuple) else (made,)
+    return {n: t.numpy() for n, t in zip(outputs, tensors, strict=True)}
+
+
+def _checked_against(
+    module: nn.Module,
+    data: bytes,
+    spec: DiffusionSpec,
+    recipe: ExportRecipe,
+    outputs: tuple[str, ...],
+) -> float:
+    session = make_session(data, threads=0)
+    names = [item.name for item in session.get_inputs()]
+    worst = 0.0
+    for size in _CHECKED:
+        example = _example(spec, recipe, size)
+        expected = _run_torch(module, example, outputs)
+        made = session.run(None, {name: example[name] for name in names})
+        for name, actual in zip(outputs, made, strict=True):
+            found = compare(actual, expected[name])
+            if not found.passes(recipe.tolerance_step):
+                raise ParityError(
+                    f"the exported graph differs from PyTorch in {name} at "
+                    f"B={size[0]}, R={size[1]}",
+                    why=f"relative error {found.max_rel:.2e}, "
+                    f"tolerance {recipe.tolerance_step:.0e}",
+                    fix="report it with the checkpoint's config.json",
+                )
+            worst = max(worst, found.max_rel)
+    return worst
+
+

@@ -1,0 +1,199 @@
+"""How an engine is built: the recipes in ``engines/``. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import RecipeError
+
+FLAVOURS = {
+    "onnxruntime": ("cpu", "cuda"),
+    "tensorrt": ("tensorrt", "tensorrt_rtx"),
+}
+"""Backend to the flavours it has; TensorRT's are the names of the Python modules."""
+
+MAX_SAMPLES = 2048
+MAX_ROWS = 4096
+"""Bounds of B and R in an exported step graph."""
+
+CURRENT_GPU = "current"
+_CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
+_TENSORRT_ONLY = (
+    "static_samples",
+    "static_guided_samples",
+    "dynamic_samples",
+    "compute_capabilities",
+    "workspace_bytes",
+    "optimization_level",
+    "auxiliary_streams",
+)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The sizes that a plan is built for.
+
+    Attributes:
+        samples: Fewest, usual and most samples B.
+        rows: Fewest, usual and most UNet rows R.
+    """
+
+    samples: tuple[int, int, int]
+    rows: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        for name, sizes, most in (
+            ("samples", self.samples, MAX_SAMPLES),
+            ("UNet rows", self.rows, MAX_ROWS),
+        ):
+            if not 1 <= sizes[0] <= sizes[1] <= sizes[2] <= most:
+                raise RecipeError(
+                    f"a profile's {name} must satisfy 1 <= min <= opt <= max <= {most}",
+                    why=f"they are {list(sizes)}",
+                    fix="give the fewest, the usual and the most, in this order",
+                )
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it holds one size alone."""
+        return len({*self.samples}) == len({*self.rows}) == 1
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"samples": [min, opt, max], "rows": [min, opt, max]}``."""
+        return {"samples": list(self.samples), "rows": list(self.rows)}
+
+
+@dataclass(frozen=True)
+class EngineRecipe:
+    """How an engine is built and run; files of this form lie in ``engines/``.
+
+    Attributes:
+        summary: One line for people.
+        backend: Which backend runs the engine.
+        flavour: ``cpu`` or ``cuda`` for ONNX Runtime; the Python module, ``tensorrt``
+            or ``tensorrt_rtx``, for TensorRT.
+        export: Recipe in ``export/`` that makes the graph.
+        precision: What the graph's body must turn out to be when it is parsed.
+        threads: Threads of ONNX Runtime on the CPU; 0 lets it decide.
+        static_samples: Sample counts B with a profile of their own, with R = B.
+        static_guided_samples: The same under classifier-free guidance, R = 2B.
+        dynamic_samples: Fewest, usual and most samples of the one dynamic profile;
+            empty for none.
+        dynamic_rows_per_sample: Fewest, usual and most UNet rows a sample in the
+            dynamic profile: 1 without guidance, 2 with it, more for blends.
+        compute_capabilities: GPUs that a portable plan is for, as ``8.6``, or
+            ``current`` alone; empty leaves it to the library.
+        workspace_bytes: Limit of TensorRT's workspace; 0 leaves it to the library.
+        optimization_level: TensorRT's, from 0 to 5; absent leaves it to the library.
+        auxiliary_streams: Most streams beside the main one; absent as above.
+    """
+
+    summary: str
+    backend: Literal["onnxruntime", "tensorrt"]
+    flavour: str
+    export: str
+    precision: Literal["float32", "float16"]
+    threads: int = 0
+    static_samples: tuple[int, ...] = ()
+    static_guided_samples: tuple[int, ...] = ()
+    dynamic_samples: tuple[int, ...] = ()
+    dynamic_rows_per_sample: tuple[int, ...] = (1, 2, 2)
+    compute_capabilities: tuple[str, ...] = ()
+    workspace_bytes: int = 0
+    optimization_level: int | None = None
+    auxiliary_streams: int | None = None
+
+    def __post_init__(self) -> None:
+        known = FLAVOURS[self.backend]
+        if self.flavour not in known:
+            raise RecipeError(
+                f"{self.backend} has no flavour {self.flavour!r}",
+                fix=f"use one of {', '.join(known)}",
+            )
+        if not self.export:
+            raise RecipeError("export must name a recipe in export/")
+        if self.backend == "tensorrt":
+            self._check_tensorrt()
+        else:
+            self._check_onnxruntime()
+
+    def _check_onnxruntime(self) -> None:
+        _check_range("threads", self.threads, 0, 1024)
+        defaults = type(self).__dataclass_fields__
+        for name in _TENSORRT_ONLY:
+            if getattr(self, name) != defaults[name].default:
+                raise RecipeError(
+                    f"{name} is a setting of the tensorrt backend",
+                    fix="remove it from the recipe",
+                )
+
+    def _check_tensorrt(self) -> None:
+        if self.threads:
+            raise RecipeError(
+                "threads is a setting of the onnxruntime backend",
+                fix="remove it from the recipe",
+            )
+        _check_range("workspace_bytes", self.workspace_bytes, 0, 1 << 50)
+        _check_range("optimization_level", self.optimization_level, 0, 5)
+        _check_range("auxiliary_streams", self.auxiliary_streams, 0, 64)
+        self._check_capabilities()
+        if not self.profiles:
+            raise RecipeError(
+                "the recipe has no profile",
+                why="a plan is built for sizes that are known beforehand",
+                fix="set dynamic_samples, static_samples or static_guided_samples",
+            )
+
+    def _check_capabilities(self) -> None:
+        wanted = self.compute_capabilities
+        bad = [c for c in wanted if c != CURRENT_GPU and not _CAPABILITY.fullmatch(c)]
+        if bad or len(set(wanted)) != len(wanted):
+            raise RecipeError(
+                "compute_capabilities must be different numbers such as 8.6",
+                why=f"they are {', '.join(wanted)}",
+            )
+        if CURRENT_GPU in wanted and len(wanted) > 1:
+            raise RecipeError(
+                f"the compute capability {CURRENT_GPU!r} must stand alone",
+                why="such a plan is for the GPU that builds it and no other",
+            )
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """Static profiles, then guided static ones, then the dynamic one.
+
+        Raises:
+            RecipeError: Sizes out of range or order, or the same profile twice.
+        """
+        found = [_static(b, b) for b in self.static_samples]
+        found += [_static(b, 2 * b) for b in self.static_guided_samples]
+        if self.dynamic_samples:
+            found.append(self._dynamic())
+        if len(set(found)) != len(found):
+            raise RecipeError("the recipe has the same profile twice")
+        return tuple(found)
+
+    def _dynamic(self) -> Profile:
+        samples, each = self.dynamic_samples, self.dynamic_rows_per_sample
+        for name, sizes in (
+            ("dynamic_samples", samples),
+            ("dynamic_rows_per_sample", each),
+        ):
+            if len(sizes) != 3:
+                raise RecipeError(
+                    f"{name} must be three numbers: fewest, usual and most",
+                    why=f"it is {list(sizes)}",
+                )
+        low, usual, high = (b * r for b, r in zip(samples, each, strict=True))
+        return Profile((samples[0], samples[1], samples[2]), (low, usual, high))
+
+
+def _static(samples: int, rows: int) -> Profile:
+    return Profile((samples,) * 3, (rows,) * 3)
+
+
+def _check_range(name: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        raise RecipeError(f"{name} must be from {low} to {high}", why=f"it is {value}")

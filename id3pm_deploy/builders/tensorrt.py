@@ -1,0 +1,245 @@
+"""Step graph to TensorRT plan, in a process of its own.
+
+A native library that crashes or runs out of memory takes only that process with it,
+and stopping a build is ending it. Nothing is written but into a private temporary
+folder; the plan comes back as bytes, for the bundle to keep.
+
+TensorRT-RTX builds without a GPU. Plain TensorRT goes through the same code and has
+never been run by it: it needs its vendor's package index and a GPU to build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .. import errors
+from ..errors import BuildError, Id3pmError, RecipeError
+from ..files import output_error
+from ..progress import Tick, progress
+from .recipe import EngineRecipe
+
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from id3pm_deploy.builders.tensorrt_child import main; main()"
+)
+_TAIL_BYTES = 2000
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    """A plan and what is known of it.
+
+    Attributes:
+        data: The serialised plan.
+        flavour: ``tensorrt`` or ``tensorrt_rtx``.
+        version: Full version of that library; a plan may run on no other.
+        precision: The recipe's, checked in the parsed network.
+        compute_capabilities: GPUs a portable plan is for; empty where the library
+            decided.
+        profiles: ``samples`` and ``rows``, each [min, opt, max], in the plan's order.
+        layer_types: What ``precision.count_network`` found, with its source.
+        warnings: What the library warned of.
+        build_seconds: From after the library's import to the finished plan.
+        peak_memory_bytes: Most memory of the process that built it.
+    """
+
+    data: bytes
+    flavour: str
+    version: str
+    precision: str
+    compute_capabilities: tuple[str, ...]
+    profiles: tuple[dict[str, Any], ...]
+    layer_types: dict[str, Any]
+    warnings: tuple[str, ...]
+    build_seconds: float
+    peak_memory_bytes: int
+
+
+def build_plan(graph: bytes | Path, recipe: EngineRecipe) -> BuiltPlan:
+    """Build a TensorRT plan; a bar on a terminal shows how far it is.
+
+    Args:
+        graph: An ONNX step graph whose dynamic dimensions are called B and R: its
+            bytes, or its path where its weights lie in a file beside it.
+        recipe: Of the ``tensorrt`` backend.
+
+    Raises:
+        RecipeError: The recipe is of another backend.
+        MissingPackageError: The recipe's TensorRT is not installed.
+        BuildError: The graph cannot be read or parsed, is not of the recipe's
+            precision, or TensorRT fails; a signal that ended it is named.
+        OutputError: There is no room for temporary files.
+    """
+    if recipe.backend != "tensorrt":
+        raise RecipeError(
+            f"a recipe of the {recipe.backend} backend makes no plan",
+            fix="use a recipe whose backend is tensorrt",
+        )
+    with _work_folder() as work:
+        plan = work / "plan"
+        request = {
+            "work": str(work),
+            "graph": str(_graph_path(graph, work)),
+            "plan": str(plan),
+            "recipe": dataclasses.asdict(recipe),
+        }
+        with progress(len(recipe.profiles), "build plan") as tick:
+            built = _run_child(request, work, tick)
+        data = plan.read_bytes()
+    return BuiltPlan(
+        data=data,
+        flavour=recipe.flavour,
+        version=built["version"],
+        precision=recipe.precision,
+        compute_capabilities=recipe.compute_capabilities,
+        profiles=tuple(profile.to_json() for profile in recipe.profiles),
+        layer_types=built["layer_types"],
+        warnings=tuple(built["warnings"]),
+        build_seconds=built["build_seconds"],
+        peak_memory_bytes=built["peak_memory_bytes"],
+    )
+
+
+@contextlib.contextmanager
+def _work_folder() -> Iterator[Path]:
+    """A private temporary folder; the child may remove it before we do."""
+    try:
+        folder = tempfile.TemporaryDirectory(
+            prefix="id3pm-plan-", ignore_cleanup_errors=True
+        )
+    except OSError as error:
+        raise output_error(Path(tempfile.gettempdir()), error) from error
+    with folder as name:
+        yield Path(name)
+
+
+def _graph_path(graph: bytes | Path, work: Path) -> Path:
+    if isinstance(graph, Path):
+        if not graph.is_file():
+            raise BuildError(f"there is no graph {graph}", fix="export it first")
+        return graph.resolve()
+    path = work / "graph.onnx"
+    try:
+        path.write_bytes(graph)
+    except OSError as error:
+        raise output_error(path, error) from error
+    return path
+
+
+def _run_child(request: dict[str, Any], work: Path, tick: Tick) -> dict[str, Any]:
+    """Have a child process serve ``request``; returns its event ``built``.
+
+    It has a session of its own, so that Ctrl-C reaches this process alone, which then
+    ends it.
+    """
+    paths = [os.path.abspath(path) for path in sys.path]
+    child = _Child(tick)
+    with (
+        open(work / "stderr", "w+b") as log,
+        subprocess.Popen(
+            [sys.executable, "-c", _BOOT, json.dumps(paths)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=work,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            child.follow(process, request)
+        finally:
+            process.kill()
+        status = process.wait()
+        if child.built is not None:
+            return child.built
+        raise child.failure(status, _tail(log))
+
+
+class _Child:
+    """What the child has said so far."""
+
+    def __init__(self, tick: Tick) -> None:
+        self._tick = tick
+        self._phase = ""
+        self._texts: list[str] = []
+        self._error: Id3pmError | None = None
+        self.built: dict[str, Any] | None = None
+
+    def follow(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
+        """Send the request and take events until the child closes its output."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            os.write(process.stdin.fileno(), json.dumps(request).encode() + b"\n")
+        for line in process.stdout:
+            with contextlib.suppress(ValueError, KeyError):  # a line cut short
+                self._take(json.loads(line))
+        process.wait()
+
+    def _take(self, event: dict[str, Any]) -> None:
+        kind = event.pop("event")
+        if kind == "phase":
+            steps = event["steps"]
+            self._phase = event["name"]
+            counted = f" {event['done']}/{steps}" if steps > 1 else ""
+            self._tick(0, self._phase + counted)
+        elif kind == "profiles":
+            self._tick(event["done"])
+        elif kind == "message":
+            self._texts.append(event["text"])
+        elif kind == "error":
+            make = getattr(errors, event["kind"])
+            self._error = make(event["what"], why=event["why"], fix=event["fix"])
+        elif kind == "built":
+            self.built = event
+
+    def failure(self, status: int, tail: str) -> Id3pmError:
+        """Why there is no plan, for a child that ended with ``status``."""
+        if self._error is not None:
+            return self._error
+        where = f"during {self._phase!r}" if self._phase else "before it began to build"
+        why = "; ".join([where, *self._texts[-3:], *filter(None, [tail])])
+        if status < 0:
+            name = _signal_name(-status)
+            return BuildError(
+                f"the process that builds the plan was ended by {name}",
+                why=why,
+                fix=_SIGNAL_FIXES.get(name, "report it with the graph that causes it"),
+            )
+        return BuildError(
+            f"the process that builds the plan ended with status {status}",
+            why=why,
+            fix="report it with the graph that causes it",
+        )
+
+
+_SIGNAL_FIXES = {
+    "SIGKILL": "the machine most likely ran out of memory: close other programs, or "
+    "build for fewer samples",
+    "SIGTERM": "somebody stopped it; start the build again",
+}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _tail(log: BinaryIO) -> str:
+    """The last of what the child printed, on one line."""
+    log.seek(0, os.SEEK_END)
+    log.seek(max(0, log.tell() - _TAIL_BYTES))
+    return " ".join(log.read().decode("utf-8", "replace").split())

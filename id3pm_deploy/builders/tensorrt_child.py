@@ -1,0 +1,411 @@
+"""The process in which TensorRT parses a graph and builds a plan.
+
+``tensorrt.build_plan`` starts it and speaks to it: a request as one line of JSON on
+standard input, events as lines of JSON on standard output. Standard input stays open;
+when it closes, the parent is gone and so is this process. One code path serves
+``tensorrt`` 10.3 to 11.4 and ``tensorrt_rtx``: what they do not share is looked for by
+name, and no version number is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuildError, Id3pmError
+from ..files import output_error
+from ..optional import require
+from ..recipes import dataclass_from_mapping
+from .precision import InputShapes, check_precision, count_network
+from .recipe import CURRENT_GPU, EngineRecipe, Profile
+
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+"""Module to the extra of this package that brings it."""
+
+_PROFILE_PHASE = "Computing profile costs"
+"""TensorRT's name of the phase whose steps are shared out among the profiles."""
+
+_KEPT_MESSAGES = 20
+_SECONDS_BETWEEN_EVENTS = 0.05
+
+_HINTS = {
+    "out of memory": "free some memory, or lower workspace_bytes or dynamic_samples",
+    "outofmemory": "free some memory, or lower workspace_bytes or dynamic_samples",
+    "find any implementation": "this usually means too little memory: free some, or "
+    "raise workspace_bytes",
+    "turing": "compute capability 7.5 has no float32 matrix products in TensorRT-RTX; "
+    "leave it out of compute_capabilities",
+    "driver version is insufficient": "build where a GPU and its driver are, or name "
+    "the compute_capabilities to build for",
+}
+"""What a message of TensorRT holds, in lower case, to what can be done."""
+
+
+class Channel:
+    """Events to the parent. What anything else prints goes to standard error."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._out = os.dup(1)
+        os.dup2(2, 1)
+
+    def send(self, event: str, **values: Any) -> None:
+        """Send one event, whole; without a parent, end."""
+        line = json.dumps({"event": event, **values}).encode() + b"\n"
+        with self._lock:
+            try:
+                while line:
+                    line = line[os.write(self._out, line) :]
+            except OSError:
+                os._exit(1)
+
+
+@dataclass
+class Messages:
+    """What TensorRT said, errors and warnings, each text once."""
+
+    channel: Channel
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, severity: str, text: str) -> None:
+        """Keep a message of severity ``ERROR``, ``INTERNAL_ERROR`` or ``WARNING``."""
+        kept = self.warnings if severity == "WARNING" else self.errors
+        text = " ".join(text.split())
+        if text not in kept and len(kept) < _KEPT_MESSAGES:
+            kept.append(text)
+            self.channel.send("message", severity=severity, text=text)
+
+    def error(self, what: str, fix: str = "") -> BuildError:
+        """A :class:`BuildError` whose cause is what TensorRT said."""
+        why = "; ".join(self.errors)
+        hints = [hint for needle, hint in _HINTS.items() if needle in why.lower()]
+        return BuildError(what, why=why, fix=(hints or [fix])[0])
+
+
+class _Phases:
+    """Turns the monitor's calls, from any thread, into events now and then."""
+
+    def __init__(self, channel: Channel, profiles: int) -> None:
+        self._channel, self._profiles = channel, profiles
+        self._steps: dict[str, int] = {}
+        self._done, self._last = 0, 0.0
+
+    def start(self, name: str, steps: int) -> None:
+        self._steps[name] = steps
+        self._send(name, 0)
+
+    def step(self, name: str, index: int) -> None:
+        steps = self._steps.get(name, 1)
+        if name == _PROFILE_PHASE:
+            done = (index + 1) * self._profiles // steps
+            self._channel.send("profiles", done=done - self._done)
+            self._done = done
+        self._send(name, index + 1)
+
+    def _send(self, name: str, done: int) -> None:
+        now = time.monotonic()
+        if done == 0 or now - self._last > _SECONDS_BETWEEN_EVENTS:
+            self._last = now
+            self._channel.send("phase", name=name, done=done, steps=self._steps[name])
+
+
+def _make_logger(trt: Any, messages: Messages) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity.name in ("ERROR", "INTERNAL_ERROR", "WARNING"):
+                messages.add(severity.name, text)
+
+    return Logger()
+
+
+def _make_monitor(trt: Any, phases: _Phases) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            phases.start(name, steps)
+
+        def step_complete(self, name: str, index: int) -> bool:
+            phases.step(name, index)
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+def make_builder(trt: Any, logger: Any, messages: Messages) -> Any:
+    """A ``Builder``.
+
+    Raises:
+        BuildError: TensorRT refuses; plain TensorRT does so without a GPU.
+    """
+    try:
+        builder = trt.Builder(logger)
+    except (TypeError, RuntimeError) as error:
+        messages.errors.append(str(error))
+        builder = None
+    if builder is None:
+        raise messages.error(
+            f"{trt.__name__} {trt.__version__} cannot make a builder here",
+            "plain TensorRT builds only on a machine with the GPU it builds for",
+        )
+    return builder
+
+
+def make_network(trt: Any, builder: Any) -> Any:
+    """An empty, strongly typed network.
+
+    A library without the flag has no other kind of network.
+    """
+    kinds = getattr(trt, "NetworkDefinitionCreationFlag", None)
+    typed = getattr(kinds, "STRONGLY_TYPED", None)
+    return builder.create_network(0 if typed is None else 1 << int(typed))
+
+
+def parse_graph(
+    trt: Any, network: Any, logger: Any, graph: Path, messages: Messages
+) -> Any:
+    """Parse ``graph`` into ``network``; returns the parser, which must stay alive.
+
+    Raises:
+        BuildError: TensorRT refuses a node, or the file; every refusal is named.
+    """
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse_from_file(str(graph))
+    refusals = [parser.get_error(index) for index in range(parser.num_errors)]
+    if parsed and not refusals and network.num_outputs:
+        return parser
+    texts = [_refusal(error) for error in refusals]
+    named = [error.node_name() for error in refusals if error.node_name()]
+    raise BuildError(
+        f"{trt.__name__} cannot parse the graph"
+        + (f": {', '.join(named[:3])}" if named else ""),
+        why="; ".join(texts or messages.errors) or "it has no output",
+        fix="export the graph again with an opset and operators that this TensorRT "
+        "takes",
+    )
+
+
+def _refusal(error: Any) -> str:
+    text = " ".join(str(error.desc()).split())
+    name, operator = error.node_name(), error.node_operator()
+    return f"node {name!r} ({operator}): {text}" if name or operator else text
+
+
+def input_shapes(network: Any, samples: int, rows: int) -> InputShapes:
+    """Shapes of the network's inputs for B samples and R UNet rows.
+
+    The graph names its dynamic dimensions B and R.
+
+    Raises:
+        BuildError: It has a dynamic dimension of another name, or none.
+    """
+    sizes = {"B": samples, "R": rows}
+    shapes: InputShapes = {}
+    dynamic = 0
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        shape = [int(size) for size in tensor.shape]
+        for axis, size in enumerate(shape):
+            if size >= 0:
+                continue
+            name = tensor.get_dimension_name(axis)
+            if name not in sizes:
+                raise BuildError(
+                    f"the graph's input {tensor.name!r} has a dynamic dimension that "
+                    "is neither B nor R",
+                    why=f"dimension {axis} is called {name!r}",
+                    fix="build from a graph that id3pm-deploy exported",
+                )
+            shape[axis] = sizes[name]
+            dynamic += 1
+        shapes[tensor.name] = tuple(shape)
+    if not dynamic:
+        raise BuildError(
+            "the sizes of the graph are fixed",
+            fix="export it with dynamic numbers of samples and UNet rows",
+        )
+    return shapes
+
+
+def add_profile(
+    builder: Any, network: Any, config: Any, profile: Profile, messages: Messages
+) -> None:
+    """Add one optimisation profile.
+
+    Raises:
+        BuildError: TensorRT refuses it.
+    """
+    made = builder.create_optimization_profile()
+    low, usual, high = (
+        input_shapes(network, b, r)
+        for b, r in zip(profile.samples, profile.rows, strict=True)
+    )
+    try:
+        for name in low:
+            made.set_shape(name, low[name], usual[name], high[name])
+        accepted = config.add_optimization_profile(made) >= 0
+    except (ValueError, RuntimeError) as error:
+        messages.errors.append(str(error))
+        accepted = False
+    if not accepted:
+        raise messages.error(f"TensorRT refuses the profile {profile.to_json()}")
+
+
+def set_options(trt: Any, config: Any, recipe: EngineRecipe) -> None:
+    """Put the recipe's settings, and no TF32, into an ``IBuilderConfig``.
+
+    Raises:
+        BuildError: The library lacks a setting that the recipe asks for.
+    """
+    tf32 = getattr(trt.BuilderFlag, "TF32", None)
+    if tf32 is not None:
+        config.clear_flag(tf32)
+    if recipe.workspace_bytes:
+        pool = trt.MemoryPoolType.WORKSPACE
+        config.set_memory_pool_limit(pool, recipe.workspace_bytes)
+    if recipe.optimization_level is not None:
+        config.builder_optimization_level = recipe.optimization_level
+    if recipe.auxiliary_streams is not None:
+        config.max_aux_streams = recipe.auxiliary_streams
+    if recipe.compute_capabilities:
+        _set_capabilities(trt, config, recipe.compute_capabilities)
+
+
+def _set_capabilities(trt: Any, config: Any, wanted: tuple[str, ...]) -> None:
+    kinds = getattr(trt, "ComputeCapability", None)
+    if kinds is None or not hasattr(config, "set_compute_capability"):
+        raise BuildError(
+            f"{trt.__name__} {trt.__version__} builds for the GPU of this machine only",
+            why=f"the recipe names the compute capabilities {', '.join(wanted)}",
+            fix="remove compute_capabilities from the recipe",
+        )
+    config.num_compute_capabilities = len(wanted)
+    for index, capability in enumerate(wanted):
+        name = f"SM{capability.replace('.', '')}"
+        name = "CURRENT" if capability == CURRENT_GPU else name
+        kind = getattr(kinds, name, None)
+        if kind is None or not config.set_compute_capability(kind, index):
+            known = [n.removeprefix("SM") for n in kinds.__members__ if n[-1].isdigit()]
+            raise BuildError(
+                f"{trt.__name__} {trt.__version__} cannot build for compute capability "
+                f"{capability}",
+                fix=f"use {', '.join(f'{n[:-1]}.{n[-1]}' for n in known)}",
+            )
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that this process has held.
+
+    ``ru_maxrss`` starts at the size of the process that forked this one, so it is only
+    the second choice.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def build(recipe: EngineRecipe, graph: Path, plan: Path, channel: Channel) -> None:
+    """Build ``plan`` from ``graph`` and send the event ``built``.
+
+    Raises:
+        BuildError: Anything TensorRT refuses.
+        MissingPackageError: The TensorRT of the recipe is not installed.
+        OutputError: ``plan`` cannot be written.
+    """
+    trt = require(recipe.flavour, extra=EXTRAS[recipe.flavour])
+    began = time.monotonic()
+    messages = Messages(channel)
+    logger = _make_logger(trt, messages)
+    builder = make_builder(trt, logger, messages)
+    network = make_network(trt, builder)
+    parser = parse_graph(trt, network, logger, graph, messages)
+    profiles = recipe.profiles
+    opt = profiles[-1]
+    shapes = input_shapes(network, opt.samples[1], opt.rows[1])
+    counts = count_network(trt, network, shapes, opt)
+    check_precision(counts, recipe.precision, recipe.export)
+    config = builder.create_builder_config()
+    set_options(trt, config, recipe)
+    for profile in profiles:
+        add_profile(builder, network, config, profile, messages)
+    if hasattr(trt, "IProgressMonitor"):
+        phases = _Phases(channel, len(profiles))
+        config.progress_monitor = _make_monitor(trt, phases)
+    data = builder.build_serialized_network(network, config)
+    if data is None:
+        raise messages.error(f"{trt.__name__} {trt.__version__} could not build a plan")
+    _write(plan, data)
+    channel.send(
+        "built",
+        version=str(trt.__version__),
+        layer_types=counts,
+        warnings=messages.warnings,
+        build_seconds=time.monotonic() - began,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    del parser
+
+
+def _write(plan: Path, data: Any) -> None:
+    try:
+        with open(plan, "wb") as handle:
+            handle.write(memoryview(data))
+    except OSError as error:
+        raise output_error(plan, error) from error
+
+
+def _end_with_parent(work: Path) -> None:
+    """Wait for standard input to close, then tidy up and end."""
+    while os.read(0, 4096):
+        pass
+    shutil.rmtree(work, ignore_errors=True)
+    os._exit(1)
+
+
+def _read_line() -> bytes:
+    """The request, read byte by byte so that nothing is buffered."""
+    line = bytearray()
+    while (byte := os.read(0, 1)) not in (b"", b"\n"):
+        line += byte
+    return bytes(line)
+
+
+def main() -> None:
+    """Serve one request and end the process.
+
+    It ends without the interpreter's own tidying, in which a native library's objects
+    may be destroyed in the wrong order.
+    """
+    channel = Channel()
+    request = json.loads(_read_line())
+    work = Path(request["work"])
+    threading.Thread(target=_end_with_parent, args=(work,), daemon=True).start()
+    try:
+        recipe = dataclass_from_mapping(EngineRecipe, request["recipe"], "request")
+        build(recipe, Path(request["graph"]), Path(request["plan"]), channel)
+    except Id3pmError as error:
+        kind = type(error).__name__
+        texts = {"what": error.what, "why": error.why, "fix": error.fix}
+        channel.send("error", kind=kind, **texts)
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,84 @@
+"""The command line: a group that imports a command's module only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import Id3pmError
+
+_COMMANDS = {
+    "demo": "Photo to identity to engine to pictures to parity page, in one go.",
+    "train": "Train a CHECKPOINT on folders of faces.",
+    "embed": "Turn photos into identity vectors with a face recognition model.",
+    "export": "Export a CHECKPOINT to an ONNX step graph in a BUNDLE.",
+    "build-engine": "Compile a CHECKPOINT or a BUNDLE into an engine for a target.",
+    "sample": "Make pictures of an identity.",
+    "parity": "Compare an engine with the PyTorch reference, step by step.",
+    "inspect": "Show what a CHECKPOINT, BUNDLE, picture or identity file holds.",
+}
+
+
+class LazyGroup(click.Group):
+    """A click group whose commands are imported when they are called.
+
+    The list of commands with their one-line helps stands in this file, so that
+    ``--help`` needs no import at all.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order in which people use them."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of ``cmd_name`` and return its ``command``."""
+        if cmd_name not in _COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        module = importlib.import_module(f".commands.{name}", __package__)
+        command: click.Command = module.command
+        return command
+
+    def format_commands(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; our own errors become a message and an exit status."""
+        try:
+            return super().invoke(ctx)
+        except Id3pmError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_status)
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted; nothing half-written was left", err=True)
+            ctx.exit(130)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
+)
+@click.version_option(__version__, prog_name="id3pm-deploy")
+def main() -> None:
+    """Put identity-conditioned diffusion models into production.
+
+    A CHECKPOINT is a folder with a trained PyTorch model, a BUNDLE a folder with what
+    a device needs to run it. `id3pm-deploy demo` shows the whole way.
+    """
+
+
+def run() -> None:
+    """Entry point of ``python -m id3pm_deploy``."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,1 @@
+"""One module a command; each is light to import and calls one library function."""

@@ -1,0 +1,107 @@
+"""``id3pm-deploy train``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+
+
+def _numbers(kind: type) -> Any:
+    def parse(ctx: click.Context, option: click.Parameter, value: str) -> Any:
+        try:
+            return tuple(kind(part) for part in value.split(",") if part)
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r} is not a list like 1,2,4") from error
+
+    return parse
+
+
+def _setting(name: str, **rest: Any) -> Any:
+    return click.option(name, show_default=True, **rest)
+
+
+@click.command()
+@click.argument("faces", nargs=-1, required=True, type=PATH)
+@click.option("--out", required=True, type=PATH, help="CHECKPOINT folder to write.")
+@click.option("--model", "fr_model", default="sface", show_default=True, help="FR model.")
+@click.option("--resume", is_flag=True, help="Go on from OUT.training.")
+@click.option("--init", "initial", type=PATH, help="CHECKPOINT to start from.")
+@_setting("--steps", default=4000, help="Optimizer steps in all.")
+@_setting("--batch-size", default=32)
+@_setting("--image-size", default=32, help="Side of the pictures, in pixels.")
+@_setting("--base-channels", default=32)
+@_setting("--channel-multipliers", default="1,2,4", callback=_numbers(int))
+@_setting("--residual-blocks", default=2)
+@_setting("--attention-resolutions", default="8", callback=_numbers(int))
+@_setting("--num-head-channels", default=32)
+@_setting("--model-dropout", default=0.0)
+@_setting("--prediction-type", default="v", type=click.Choice(["epsilon", "x0", "v"]))
+@_setting("--schedule", default="cosine", type=click.Choice(["cosine", "linear"]))
+@_setting("--learning-rate", default=6e-4)
+@_setting("--final-learning-rate", default=6e-5)
+@_setting("--warmup-steps", default=200)
+@_setting("--weight-decay", default=0.01)
+@_setting("--ema-decay", default=0.9995)
+@_setting("--condition-dropout", default=0.1, help="Share trained without identity.")
+@_setting("--identity-noise", default=0.0, help="Noise on the vector, per entry.")
+@_setting("--identity-jitter", default=1, help="Shifted crops embedded a face.")
+@_setting("--crop-margin", default=1.15, help="How much to show around the face.")
+@_setting("--shares", default="", callback=_numbers(float), help="Share a folder.")
+@_setting("--seed", default=0)
+@_setting("--save-every", default=250, help="Steps between saves.")
+@_setting("--sheet-every", default=1000, help="Steps between contact sheets.")
+@_setting("--compile/--no-compile", default=False, help="Use torch.compile.")
+@_setting("--device", default="cpu")
+@_setting("--threads", default=0, help="CPU threads; 0 leaves torch's choice.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    faces: tuple[Path, ...],
+    out: Path,
+    fr_model: str,
+    resume: bool,
+    initial: Path | None,
+    threads: int,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train a CHECKPOINT on FACES, folders of pictures with one person each.
+
+    Faces are found, aligned and embedded once. State, log and contact sheets go to
+    OUT.training, which holds personal data: delete it when the run is done.
+    """
+    from dataclasses import asdict
+
+    from ..optional import require
+
+    torch = require("torch", extra="train")
+    require("diffusers", extra="train")
+    from ..identity.embedders import load_embedder
+    from ..training.config import TrainingConfig
+    from ..training.loop import train, work_folder
+
+    config = TrainingConfig(**settings)
+    if threads:
+        torch.set_num_threads(threads)
+    tensors = None
+    if initial is not None:
+        from ..reference.checkpoint import load_checkpoint
+
+        tensors = load_checkpoint(initial).network.state_dict()
+    embedder = load_embedder(fr_model)
+    result = train(
+        list(faces), out, config, embedder, resume=resume, initial=tensors
+    )
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+        return
+    click.echo(f"checkpoint   {out}")
+    click.echo(
+        f"trained      {result.steps} steps on {result.faces} faces "
+        f"({result.skipped} pictures skipped), loss {result.loss:.4f}"
+    )
+    click.echo(f"work folder  {work_folder(out)} (personal data: delete it when done)")

@@ -1,0 +1,181 @@
+"""What a picture of ours says about itself: XMP in a PNG's text chunk.
+
+The mark holds the IPTC digital source type for media made by a trained model and what
+is needed to make the picture again. It never holds the identity it was made from:
+faces are personal data.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+import xml.etree.ElementTree as ET
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from xml.sax.saxutils import escape
+
+from .errors import InputError
+
+GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+"""IPTC's term for media made by a trained model; a name, not a page to fetch."""
+NAMESPACE = "urn:id3pm-deploy:1.0#"
+"""Our own XMP properties."""
+
+_RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+_IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+_XMP = "http://ns.adobe.com/xap/1.0/"
+KEYWORD = "XML:com.adobe.xmp"
+"""Of the PNG text chunk that holds the packet."""
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_TOOL = "id3pm-deploy"
+_LONGEST_TEXT = 200
+_LARGEST_PACKET = 1 << 16
+
+
+def _clean(text: str) -> str:
+    """``text`` as XML 1.0 can hold it, on one line, at most 200 characters."""
+    line = "".join(" " if c in "\t\n\r" else c for c in text)
+    bad = "[^\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+    return re.sub(bad, "\ufffd", line)[:_LONGEST_TEXT].strip()
+
+
+@dataclass(frozen=True)
+class PictureMark:
+    """How a picture was made, and that it was made; written into its PNG.
+
+    ``sample`` is None on a sheet of several samples. ``checkpoint`` is a title, never
+    a path. Text is reduced to one line of at most 200 characters that XML can hold.
+
+    Raises:
+        InputError: The seed or the sample is negative, there is less than one step, or
+            the guidance is not a finite number.
+    """
+
+    tool_version: str
+    seed: int
+    sample: int | None
+    solver: str
+    steps: int
+    guidance: float
+    backend: str
+    precision: str
+    checkpoint: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("tool_version", "solver", "backend", "precision", "checkpoint"):
+            object.__setattr__(self, name, _clean(getattr(self, name)))
+        numbers = (self.seed, self.sample or 0, self.steps - 1)
+        if min(numbers) < 0 or not math.isfinite(self.guidance):
+            raise InputError(
+                "a picture's mark has a number that is out of range",
+                why=f"seed {self.seed}, sample {self.sample}, steps {self.steps}, "
+                f"guidance {self.guidance}",
+            )
+
+
+def xmp_packet(mark: PictureMark) -> str:
+    """The XMP packet, as text, that says what ``mark`` says."""
+    values = {key: value for key, value in asdict(mark).items() if value is not None}
+    ours = "".join(
+        f"   <id3pm:{key}>{escape(str(value))}</id3pm:{key}>\n"
+        for key, value in values.items()
+    )
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/">\n'
+        f' <rdf:RDF xmlns:rdf="{_RDF}">\n'
+        f'  <rdf:Description rdf:about="" xmlns:Iptc4xmpExt="{_IPTC}"'
+        f' xmlns:xmp="{_XMP}" xmlns:id3pm="{NAMESPACE}">\n'
+        "   <Iptc4xmpExt:DigitalSourceType>"
+        f"{GENERATED}</Iptc4xmpExt:DigitalSourceType>\n"
+        f"   <xmp:CreatorTool>{_TOOL} {escape(mark.tool_version)}</xmp:CreatorTool>\n"
+        f"{ours}"
+        "  </rdf:Description>\n </rdf:RDF>\n</x:xmpmeta>\n"
+        '<?xpacket end="r"?>'
+    )
+
+
+def read_mark(path: Path) -> PictureMark:
+    """What a PNG of ours says about itself; the picture is not decoded.
+
+    Raises:
+        InputError: The file cannot be read, is no PNG, or has no mark or a bad one.
+    """
+    try:
+        with open(path, "rb") as handle:
+            packet = _find_packet(handle)
+        return _parse_packet(packet)
+    except OSError as error:
+        raise InputError(f"cannot read {path}", why=str(error.strerror)) from error
+    except (ValueError, struct.error, ET.ParseError) as error:
+        raise InputError(
+            f"{path} is not a marked picture",
+            why=str(error),
+            fix="give a PNG that id3pm-deploy wrote, unchanged",
+        ) from error
+
+
+def _find_packet(handle: BinaryIO) -> str:
+    """The text of the XMP chunk. Raises ValueError where there is none."""
+    if handle.read(8) != _SIGNATURE:
+        raise ValueError("it is no PNG file")
+    while len(head := handle.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind != b"iTXt":
+            handle.seek(length + 4, io.SEEK_CUR)
+            continue
+        if length > _LARGEST_PACKET:
+            raise ValueError("its text is longer than any mark of ours")
+        data, checksum = handle.read(length), handle.read(4)
+        if checksum != struct.pack(">I", zlib.crc32(kind + data)):
+            raise ValueError("its text is damaged")
+        keyword, _, rest = data.partition(b"\0")
+        if keyword == KEYWORD.encode():
+            if rest[:4] != b"\0\0\0\0":
+                raise ValueError("its XMP is compressed or in a language")
+            return rest[4:].decode("utf-8")
+    raise ValueError("it has no XMP")
+
+
+def _parse_packet(packet: str) -> PictureMark:
+    """The mark in an XMP packet. Raises ValueError or ParseError."""
+    if "<!" in packet:  # before any parser: no DOCTYPE, so no entities
+        raise ValueError("its XMP has a declaration, which XMP does not need")
+    found: dict[str, str] = {}
+    root = ET.fromstring(packet)  # noqa: S314 - small, and without entities
+    for description in root.iter(f"{{{_RDF}}}Description"):
+        properties = [(str(key), value) for key, value in description.items()]
+        properties += [(child.tag, child.text or "") for child in description]
+        for key, value in properties:
+            if found.setdefault(key, value) != value:
+                raise ValueError("its XMP says two things at once")
+    if found.get(f"{{{_IPTC}}}DigitalSourceType") != GENERATED:
+        raise ValueError("its XMP does not call it generated")
+    prefix = f"{{{NAMESPACE}}}"
+    ours = {k[len(prefix) :]: v for k, v in found.items() if k.startswith(prefix)}
+    return _mark_from_text(ours)
+
+
+def _mark_from_text(text: dict[str, str]) -> PictureMark:
+    """A mark from its properties; unknown ones are left to later versions."""
+    known: dict[str, Any] = {}
+    for name in PictureMark.__dataclass_fields__:
+        if name not in text:
+            if name in ("sample", "checkpoint"):
+                continue
+            raise ValueError(f"its XMP lacks {name}")
+        value = text[name].strip()
+        if name in ("seed", "sample", "steps"):
+            if not re.fullmatch("[0-9]{1,39}", value):
+                raise ValueError(f"its {name} is no whole number")
+            known[name] = int(value)
+        else:
+            known[name] = float(value) if name == "guidance" else value
+    try:
+        return PictureMark(**{"sample": None, **known})
+    except InputError as error:
+        raise ValueError(error.what) from error

@@ -1,0 +1,168 @@
+"""What ``sample`` and ``parity`` are pointed at: a CHECKPOINT or a BUNDLE.
+
+Only the tier that is needed is imported: a bundle on a device loads no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .backends.base import Engine, step_shapes
+from .bundle import Bundle, EngineEntry, GraphEntry, is_bundle, open_bundle
+from .errors import EngineError, InputError
+from .optional import require
+from .spec import DiffusionSpec
+
+BACKENDS = ("auto", "onnxruntime", "torch")
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened CHECKPOINT or BUNDLE; ``bundle`` is None for a checkpoint."""
+
+    path: Path
+    spec: DiffusionSpec
+    bundle: Bundle | None
+
+    @property
+    def title(self) -> str:
+        """What the model calls itself; no path."""
+        return self.spec.title or "untitled"
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the checkpoint's weights file."""
+        if self.bundle is not None:
+            return self.bundle.manifest.checkpoint_sha256
+        from .files import sha256_of_file
+        from .reference.checkpoint import WEIGHTS_NAME
+
+        return sha256_of_file(self.path / WEIGHTS_NAME)
+
+
+def open_model(path: Path) -> Model:
+    """Open a CHECKPOINT or BUNDLE folder; weights and graphs are read later.
+
+    Raises:
+        InputError: It is neither.
+        CheckpointError, BundleError: It is damaged.
+    """
+    if is_bundle(path):
+        bundle = open_bundle(path)
+        return Model(path, bundle.manifest.diffusion, bundle)
+    if (path / "config.json").is_file():
+        return Model(path, _checkpoint_spec(path), None)
+    raise InputError(
+        f"{path} is neither a CHECKPOINT nor a BUNDLE",
+        why="it has no config.json and no manifest.json"
+        if path.is_dir()
+        else "there is no such folder",
+        fix="give the folder that `train` or `build-engine` wrote",
+    )
+
+
+def _checkpoint_spec(path: Path) -> DiffusionSpec:
+    require("torch", extra="export")
+    from .reference.checkpoint import load_spec
+
+    return load_spec(path)
+
+
+def open_engine(
+    model: Model,
+    backend: str = "auto",
+    *,
+    precision: str | None = None,
+    threads: int = 0,
+    device: str = "cpu",
+) -> Engine:
+    """The engine that runs ``model``; enter it before use.
+
+    Args:
+        model: An opened model.
+        backend: ``onnxruntime`` (a bundle), ``torch`` (a checkpoint), or ``auto`` for
+            the one that fits.
+        precision: ``float32`` or ``float16``; None takes the bundle's engine's, or
+            float32.
+        threads: CPU threads; 0 leaves the recipe's or the runtime's choice.
+        device: A torch device, for the torch backend.
+
+    Raises:
+        EngineError: The model cannot run on that backend.
+    """
+    if backend == "auto":
+        backend = "torch" if model.bundle is None else "onnxruntime"
+    if backend == "torch":
+        return _torch_engine(model, precision or "float32", threads, device)
+    if backend == "onnxruntime":
+        return _onnxruntime_engine(model, precision, threads)
+    if backend == "tensorrt":
+        raise EngineError(
+            "this release builds TensorRT plans but has no runtime for them yet",
+            fix="use --backend onnxruntime",
+        )
+    raise InputError(
+        f"there is no backend {backend!r}", fix=f"use one of {', '.join(BACKENDS)}"
+    )
+
+
+def _torch_engine(model: Model, precision: str, threads: int, device: str) -> Engine:
+    if model.bundle is not None:
+        raise EngineError(
+            "a BUNDLE has no PyTorch weights for the torch backend",
+            fix="give the CHECKPOINT, or use --backend onnxruntime",
+        )
+    torch = require("torch", extra="export")
+    require("diffusers", extra="export")
+    from .backends.torch import TorchEngine
+    from .reference.checkpoint import load_checkpoint
+
+    if precision not in ("float32", "float16"):
+        raise InputError(f"the torch backend has no precision {precision!r}")
+    if threads:
+        torch.set_num_threads(threads)
+    checkpoint = load_checkpoint(model.path)
+    shapes = step_shapes(model.spec)
+    return TorchEngine(checkpoint.network, shapes, precision, device)  # type: ignore[arg-type]
+
+
+def bundle_graph(bundle: Bundle, precision: str | None) -> GraphEntry:
+    """The step graph of ``precision``, or of the bundle's ONNX Runtime engine.
+
+    Raises:
+        EngineError: The bundle holds no such graph.
+    """
+    wanted = precision
+    if wanted is None:
+        fitting = [e for e in bundle.manifest.engines if e.backend == "onnxruntime"]
+        wanted = fitting[0].precision if fitting else None
+    for kind in (wanted,) if wanted else ("float32", "float16"):
+        graph = bundle.graph("step", kind)
+        if graph is not None:
+            return graph
+    there = ", ".join(f"{g.kind} {g.precision}" for g in bundle.manifest.graphs)
+    raise EngineError(
+        f"{bundle.folder} holds no step graph for ONNX Runtime",
+        why=f"wanted {wanted or 'any'}; graphs in it: {there or 'none'}",
+        fix="build it with `id3pm-deploy build-engine CHECKPOINT --target cpu`",
+    )
+
+
+def _onnxruntime_engine(model: Model, precision: str | None, threads: int) -> Engine:
+    if model.bundle is None:
+        raise EngineError(
+            "a CHECKPOINT has no engine for the onnxruntime backend",
+            fix=f"id3pm-deploy build-engine {model.path} --target cpu --out BUNDLE",
+        )
+    from .backends.onnxruntime import OnnxRuntimeEngine
+
+    graph = bundle_graph(model.bundle, precision)
+    if not threads:
+        threads = _recipe_threads(model.bundle.manifest.engines)
+    data = model.bundle.read(graph.file)
+    return OnnxRuntimeEngine(data, step_shapes(model.spec), graph.precision, threads)
+
+
+def _recipe_threads(engines: tuple[EngineEntry, ...]) -> int:
+    return next((e.threads for e in engines if e.backend == "onnxruntime"), 0)

@@ -1,0 +1,69 @@
+"""Noise addressed by (seed, sample, stage, draw): the same for any batch or backend.
+
+Philox 4x64-10 (Salmon et al. 2011) is counter-based: a key and a counter give bits
+with no state in between. NumPy guarantees its raw bits across versions, not its
+normals, so the conversion (Box & Muller 1958) is our own: float64, then one cast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+
+Float32 = npt.NDArray[np.float32]
+_MAX_WORD = 1 << 64
+
+
+def raw_bits(
+    seed: int, sample: int, stage: int, draw: int, count: int
+) -> npt.NDArray[np.uint64]:
+    """``count`` raw 64-bit words of one address.
+
+    Raises:
+        InputError: A part of the address is negative or beyond 64 bits.
+    """
+    for name, value in (
+        ("seed", seed),
+        ("sample", sample),
+        ("stage", stage),
+        ("draw", draw),
+    ):
+        if not 0 <= value < _MAX_WORD:
+            raise InputError(
+                f"the {name} must be from 0 to 2**64 - 1", why=f"it is {value}"
+            )
+    key = np.array([seed, sample], dtype=np.uint64)
+    counter = np.array([0, draw, stage, 0], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
+
+
+def normals(
+    seed: int, sample: int, stage: int, draw: int, shape: Sequence[int]
+) -> Float32:
+    """Standard normals of ``shape`` for one address, float32.
+
+    Draw 0 is x_T; draw j + 1 belongs to table row j.
+
+    Raises:
+        InputError: A part of the address is negative or beyond 64 bits.
+    """
+    count = math.prod(shape)
+    pairs = (count + 1) // 2
+    bits = raw_bits(seed, sample, stage, draw, 2 * pairs) >> np.uint64(11)
+    uniforms = (bits.astype(np.float64) + 0.5) * 2.0**-53
+    radius = np.sqrt(-2.0 * np.log(uniforms[:pairs]))
+    angle = 2.0 * np.pi * uniforms[pairs:]
+    both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+    return both[:count].astype(np.float32).reshape(shape)
+
+
+def batch_normals(
+    seed: int, samples: Sequence[int], stage: int, draw: int, shape: Sequence[int]
+) -> Float32:
+    """:func:`normals` of several samples, stacked: [len(samples), *shape]."""
+    return np.stack([normals(seed, i, stage, draw, shape) for i in samples])

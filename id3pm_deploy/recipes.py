@@ -1,0 +1,154 @@
+"""Mappings (TOML, JSON) to frozen dataclasses, strictly: an unknown key is an error.
+
+Recipes live in ``export/`` and ``engines/`` beside the package, or inside it in a
+wheel. A recipe is named (``cpu``) or given as the path of a file of the same form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - exercised on Python 3.10 only
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+def dataclass_from_mapping(kind: type[T], values: Any, where: str) -> T:
+    """Build the dataclass ``kind`` from a mapping, checking names and types.
+
+    Args:
+        kind: A dataclass whose fields are str, int, float, bool, None, tuples of
+            these, or further dataclasses.
+        values: What a TOML or JSON parser returned.
+        where: How to call the place in an error message.
+
+    Raises:
+        RecipeError: Unknown or missing keys, or a value of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{where} must be a table", why=f"it is {values!r:.60}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise RecipeError(
+            f"{where} has unknown keys: {', '.join(map(str, unknown))}",
+            fix=f"known keys are {', '.join(fields)}",
+        )
+    hints = typing.get_type_hints(kind)
+    arguments = {
+        name: _value_from(hints[name], values[name], f"{where}, {name}")
+        for name in fields
+        if name in values
+    }
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in arguments
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise RecipeError(f"{where} lacks {', '.join(missing)}", fix="add the keys")
+    return kind(**arguments)
+
+
+def _value_from(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        choices = typing.get_args(hint)
+        if value is None and type(None) in choices:
+            return None
+        plain = [choice for choice in choices if choice is not type(None)]
+        return _value_from(plain[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"{where} must be a list", why=f"it is {value!r:.60}")
+        inner = typing.get_args(hint)[0]
+        return tuple(_value_from(inner, item, where) for item in value)
+    if origin is typing.Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            known = ", ".join(map(repr, choices))
+            raise RecipeError(
+                f"{where} must be one of {known}", why=f"it is {value!r:.60}"
+            )
+        return value
+    if dataclasses.is_dataclass(hint):
+        return dataclass_from_mapping(typing.cast(type, hint), value, where)
+    if hint is float and type(value) in (int, float):
+        return _finite_float(value, where)
+    if hint is dict or origin is dict:
+        hint = dict
+    if hint is not Any and type(value) is not hint:
+        raise RecipeError(
+            f"{where} must be {hint.__name__}",
+            why=f"it is {type(value).__name__} {value!r:.60}",
+        )
+    return value
+
+
+def _finite_float(value: float, where: str) -> float:
+    """No field means NaN or infinity: as a tolerance either would pass anything."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RecipeError(
+            f"{where} must be a finite number", why=f"it is {value!r:.60}"
+        )
+    return number
+
+
+def recipe_folder(kind: str) -> Path:
+    """Where the recipes of ``kind`` (``export`` or ``engines``) lie.
+
+    A wheel carries them inside the package; an editable install or a checkout has
+    them at the top of the repository.
+    """
+    package = Path(__file__).resolve().parent
+    inside = package / "_recipes" / kind
+    return inside if inside.is_dir() else package.parent / kind
+
+
+def recipe_names(kind: str) -> list[str]:
+    """Names that ``load_recipe`` accepts for ``kind``, sorted."""
+    return sorted(path.stem for path in recipe_folder(kind).glob("*.toml"))
+
+
+def load_recipe(kind: str, name: str, into: type[T]) -> T:
+    """Read the recipe ``name`` of ``kind``, or the TOML file of that path.
+
+    Raises:
+        RecipeError: No such recipe, not TOML, or not of the form of ``into``.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        path = recipe_folder(kind) / f"{name}.toml"
+        if name not in recipe_names(kind):
+            raise RecipeError(
+                f"there is no recipe {name!r} in {kind}/",
+                fix=f"use one of {', '.join(recipe_names(kind))}, or a .toml file",
+            )
+    try:
+        with open(path, "rb") as handle:
+            values = tomllib.load(handle)
+    except OSError as error:
+        raise RecipeError(
+            f"cannot read the recipe {path}", why=error.strerror or str(error)
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path} is not TOML", why=str(error)) from error
+    return dataclass_from_mapping(into, values, f"recipe {path.name}")

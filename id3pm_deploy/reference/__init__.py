@@ -1,0 +1,1 @@
+"""The PyTorch reference: the oracle that every engine is held against."""

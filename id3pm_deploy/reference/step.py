@@ -1,0 +1,161 @@
+"""The step graph as a PyTorch module: one whole solver step, the thing exported.
+
+Solver and guidance arithmetic is elementwise float32, never a matrix product, so that
+no TF32 slips in; only the UNet may run in half precision.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..solvers import STATE_SLOTS, STEP_HEAD
+from .unet import IdentityUNet
+
+Precision = Literal["float32", "float16"]
+
+
+class StepOutputs(NamedTuple):
+    """What one step gives.
+
+    Attributes:
+        state: [K, B, C, H, W] float32.
+        x0: [B, C, H, W] float32, the clamped prediction of the clean image.
+        finite: [R] float32, 1 where a UNet row was finite and 0 where not.
+    """
+
+    state: Tensor
+    x0: Tensor
+    finite: Tensor
+
+
+class StepModule(nn.Module):
+    """One solver step around an :class:`IdentityUNet`."""
+
+    def __init__(self, network: IdentityUNet) -> None:
+        super().__init__()
+        self.network = network
+        self.channels = network.spec.image_channels
+        self.learned_variance = network.spec.learned_variance
+
+    def forward(
+        self,
+        state: Tensor,
+        noise: Tensor,
+        identity: Tensor,
+        row: Tensor,
+        mix: Tensor,
+        step: Tensor,
+    ) -> StepOutputs:
+        """Run one table row.
+
+        Args:
+            state: [K, B, C, H, W] float32; slot 0 is x_t.
+            noise: [B, C, H, W] float32.
+            identity: [R, D] float32, normalised; zeros for null.
+            row: [R] int32, the sample of each UNet row.
+            mix: [2, B, R] float32, weights of UNet rows in each sample.
+            step: [B, S] float32, the table row of each sample (``solvers.py``).
+        """
+        index = row.to(torch.int64)
+        x = state[0]
+        scaled = x * step[:, 1, None, None, None]
+        rows = scaled.index_select(0, index)
+        out = self.network(rows, step[:, 0].index_select(0, index), identity)
+        out, finite = self._only_finite(out)
+        prediction = self._mixed(mix[0], out[:, : self.channels])
+        clip = step[:, 4, None, None, None]
+        x0 = (
+            step[:, 2, None, None, None] * x + step[:, 3, None, None, None] * prediction
+        )
+        x0 = torch.minimum(torch.maximum(x0, -clip), clip)
+        noise = noise * self._noise_scale(mix[1], out, step)
+        return StepOutputs(self._advance(state, x0, noise, step), x0, finite)
+
+    @staticmethod
+    def _only_finite(out: Tensor) -> tuple[Tensor, Tensor]:
+        """Zero the UNet rows that hold NaN or infinity, and say which they are.
+
+        x - x is 0 for finite numbers and NaN for the others; a maximum over NaN-free
+        flags keeps the check independent of how a runtime reduces NaN.
+        """
+        bad = ((out - out) != 0).to(torch.float32).amax(dim=(1, 2, 3))
+        finite = 1.0 - bad
+        kept = torch.where(
+            finite[:, None, None, None] > 0.5, out, torch.zeros_like(out)
+        )
+        return kept, finite
+
+    @staticmethod
+    def _mixed(weights: Tensor, rows: Tensor) -> Tensor:
+        """Σ_r weights[b, r]·rows[r] as multiply and sum: [B, C, H, W]."""
+        return (weights[:, :, None, None, None] * rows[None]).sum(dim=1)
+
+    def _noise_scale(self, weights: Tensor, out: Tensor, step: Tensor) -> Tensor:
+        """exp(½·log variance) between min_log and max_log (Nichol & Dhariwal 2021,
+        eq. 15); v = 0 without learned variance."""
+        low, high = step[:, 5, None, None, None], step[:, 6, None, None, None]
+        if self.learned_variance:
+            share = (self._mixed(weights, out[:, self.channels :]) + 1) / 2
+        else:
+            share = torch.full_like(low, 0.5)
+        return torch.exp(0.5 * (share * high + (1 - share) * low))
+
+    def _advance(
+        self, state: Tensor, x0: Tensor, noise: Tensor, step: Tensor
+    ) -> Tensor:
+        """A·[state, x0, noise], each entry of A a scalar a sample."""
+        slots = STATE_SLOTS
+        matrix = step[:, STEP_HEAD:].reshape(-1, slots, slots + 2)
+        matrix = matrix.permute(1, 2, 0)[..., None, None, None]
+        columns = [*[state[k] for k in range(slots)], x0, noise]
+        new = []
+        for i in range(slots):
+            total = matrix[i, 0] * columns[0]
+            for j in range(1, slots + 2):
+                total = total + matrix[i, j] * columns[j]
+            new.append(total)
+        return torch.stack(new)
+
+
+class _Float32GroupNorm(nn.Module):
+    """GroupNorm with float32 statistics inside a half-precision body, as
+    guided-diffusion's GroupNorm32."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.norm(x.float())).to(x.dtype)
+
+
+def _with_float32_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.GroupNorm):
+            setattr(module, name, _Float32GroupNorm(child))
+        else:
+            _with_float32_norms(child)
+
+
+def half_body(network: IdentityUNet) -> IdentityUNet:
+    """A copy of ``network`` whose body runs in float16.
+
+    Embeddings, GroupNorm and the output head stay in float32.
+    """
+    half = copy.deepcopy(network)
+    unet = half.unet
+    for part in (unet.conv_in, unet.down_blocks, unet.mid_block, unet.up_blocks):
+        assert part is not None, "UNet2DModel was built without a middle block"
+        part.half()
+        _with_float32_norms(part)
+    return half
+
+
+def step_module(network: IdentityUNet, precision: Precision) -> StepModule:
+    """The step module of a network in the given precision, in evaluation mode."""
+    body = half_body(network) if precision == "float16" else network
+    return StepModule(body).eval()

@@ -1,0 +1,171 @@
+"""What a model is: the facts that a checkpoint and a bundle both carry.
+
+Tensor shapes do not tell the head mode, the prediction type or the noise schedule, so
+all of it is written down and none of it is inferred.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import CheckpointError
+
+PredictionType = Literal["epsilon", "x0", "v"]
+Normalisation = Literal["raw", "unit", "unit_sqrt_dim"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The UNet's shape, in guided-diffusion's terms.
+
+    Exactly one of ``num_heads`` (the same number of heads at every level) and
+    ``num_head_channels`` (channels of one head) is set: both give the same tensor
+    shapes and different functions.
+    """
+
+    image_size: int
+    base_channels: int
+    channel_multipliers: tuple[int, ...]
+    residual_blocks: int
+    attention_resolutions: tuple[int, ...]
+    num_heads: int | None = None
+    num_head_channels: int | None = None
+    learned_variance: bool = False
+    scale_shift_norm: bool = True
+    resblock_updown: bool = True
+    dropout: float = 0.0
+    norm_groups: int = 32
+    image_channels: int = 3
+
+    def __post_init__(self) -> None:
+        if (self.num_heads is None) == (self.num_head_channels is None):
+            raise CheckpointError(
+                "the model needs exactly one of num_heads and num_head_channels",
+                why=f"num_heads={self.num_heads}, "
+                f"num_head_channels={self.num_head_channels}",
+                fix="state the one the checkpoint was trained with",
+            )
+        self._check_positive()
+        self._check_divisible()
+        self._check_embedding()
+
+    def _check_positive(self) -> None:
+        values: dict[str, tuple[int, ...]] = {
+            "image_size": (self.image_size,),
+            "base_channels": (self.base_channels,),
+            "channel_multipliers": self.channel_multipliers or (0,),
+            "residual_blocks": (self.residual_blocks,),
+            "norm_groups": (self.norm_groups,),
+            "image_channels": (self.image_channels,),
+            "num_heads or num_head_channels": (
+                self.num_heads or self.num_head_channels or 0,
+            ),
+        }
+        for name, numbers in values.items():
+            if min(numbers) < 1 or max(numbers) > 16384:
+                raise CheckpointError(
+                    f"the model's {name} must be from 1 to 16384",
+                    why=f"it is {numbers}",
+                )
+        if not 0.0 <= self.dropout < 1.0:
+            raise CheckpointError(
+                "the model's dropout must be in [0, 1)", why=f"it is {self.dropout}"
+            )
+
+    def _check_divisible(self) -> None:
+        halvings = len(self.channel_multipliers) - 1
+        if halvings > 8 or self.image_size % (1 << halvings):
+            raise CheckpointError(
+                f"an image size of {self.image_size} cannot be halved {halvings} times",
+                fix="use fewer channel_multipliers or another image_size",
+            )
+        for level, channels in enumerate(self.level_channels):
+            if channels % self.norm_groups:
+                raise CheckpointError(
+                    f"{channels} channels do not split into {self.norm_groups} groups",
+                    fix="make base_channels a multiple of norm_groups",
+                )
+            heads = self.num_heads or self.num_head_channels or 1
+            if channels % heads and self.attends(level):
+                raise CheckpointError(
+                    f"{channels} channels do not split into heads by {heads}",
+                    fix="choose num_heads or num_head_channels that divides them",
+                )
+
+    def _check_embedding(self) -> None:
+        """The embedding is as wide as level 0, and half cosines, half sines."""
+        if self.channel_multipliers[0] != 1 or self.base_channels % 2:
+            raise CheckpointError(
+                "the first channel multiplier must be 1, of an even base_channels",
+                why=f"they are {self.channel_multipliers[0]} and {self.base_channels}",
+                fix="multiply base_channels and divide the multipliers by the first",
+            )
+
+    def attends(self, level: int) -> bool:
+        """Whether there is attention among the level's channels; beside the levels
+        asked for, the middle block attends in those of the last."""
+        last = level == len(self.channel_multipliers) - 1
+        return last or self.image_size >> level in self.attention_resolutions
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Channels at each resolution, finest first."""
+        return tuple(self.base_channels * m for m in self.channel_multipliers)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the timestep embedding the identity is added to."""
+        return 4 * self.base_channels
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """The noise schedule the model was trained on."""
+
+    name: Literal["linear", "cosine"] = "cosine"
+    timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.timesteps <= 100_000:
+            raise CheckpointError(
+                "the schedule's timesteps must be from 2 to 100000",
+                why=f"it is {self.timesteps}",
+            )
+
+
+@dataclass(frozen=True)
+class IdentitySpec:
+    """Which FR model's vectors condition the model, and how they are scaled.
+
+    ``model_sha256`` is null where the FR model was a Python callable.
+    """
+
+    dim: int
+    model_name: str
+    model_sha256: str | None = None
+    normalisation: Normalisation = "unit_sqrt_dim"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.dim <= 65536:
+            raise CheckpointError(
+                "the identity dimension must be from 1 to 65536",
+                why=f"it is {self.dim}",
+            )
+
+
+@dataclass(frozen=True)
+class DiffusionSpec:
+    """Everything that fixes the function a checkpoint or a bundle computes."""
+
+    model: ModelSpec
+    identity: IdentitySpec
+    schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+    prediction_type: PredictionType = "epsilon"
+    title: str = ""
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same facts as plain JSON values."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,1 @@
+"""Training identity-conditioned diffusion models."""

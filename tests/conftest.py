@@ -1,0 +1,67 @@
+"""What all tests share: the neighbouring folder, GPU skips and a closed network."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+_GPU_DEVICES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/dxg")
+
+# The machine may be busy, so no example has a deadline; the examples are the same in
+# every run, so that a failure is everybody's failure.
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("project")
+
+# Model hubs are never asked, in this process or in those that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the repository, with `golden/` and `data/`.
+
+    It is not part of the project; a test that asks for it is skipped where it is
+    absent.
+    """
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the folder 'shared' beside the repository")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is no NVIDIA device."""
+    if any(Path(device).exists() for device in _GPU_DEVICES):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _closed_network() -> Iterator[None]:
+    """Refuse connections that leave this machine."""
+    connect = socket.socket.connect
+
+    def connect_locally(self: socket.socket, address: Any) -> None:
+        local = {"127.0.0.1", "::1", "localhost"}
+        if self.family != socket.AF_UNIX and address[0] not in local:
+            raise OSError(f"tests must not need a network: {address}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_locally)
+        yield

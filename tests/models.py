@@ -1,0 +1,106 @@
+"""Small models and a plain executor of solver tables, for the numeric tests."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from id3pm_deploy.reference.unet import IdentityUNet
+from id3pm_deploy.solvers import NOISE_COLUMN, STATE_SLOTS, STEP_HEAD, SolverTable
+from id3pm_deploy.spec import DiffusionSpec, IdentitySpec, ModelSpec, ScheduleSpec
+
+Float64 = npt.NDArray[np.float64]
+
+_MODEL = ModelSpec(
+    image_size=16,
+    base_channels=32,
+    channel_multipliers=(1, 2),
+    residual_blocks=1,
+    attention_resolutions=(8,),
+    num_head_channels=16,
+    norm_groups=32,
+)
+
+
+def tiny_model(**changes: Any) -> ModelSpec:
+    """A UNet of 0.8 M parameters on 16×16 pictures, with some fields changed."""
+    if "num_heads" in changes:
+        changes.setdefault("num_head_channels", None)
+    return dataclasses.replace(_MODEL, **changes)
+
+
+def tiny_spec(**changes: Any) -> DiffusionSpec:
+    """A spec around :func:`tiny_model`.
+
+    Args:
+        changes: Fields of ModelSpec or DiffusionSpec, and ``schedule`` as a name or a
+            ScheduleSpec.
+    """
+    names = {field.name for field in dataclasses.fields(DiffusionSpec)}
+    own = {key: changes.pop(key) for key in list(changes) if key in names}
+    if isinstance(own.get("schedule"), str):
+        own["schedule"] = ScheduleSpec(own["schedule"])
+    own.setdefault("model", tiny_model(**changes))
+    own.setdefault("identity", IdentitySpec(16, "test model", "0" * 64))
+    return DiffusionSpec(**own)
+
+
+def tiny_network(spec: DiffusionSpec, seed: int = 0) -> IdentityUNet:
+    """A network with random weights in evaluation mode; none of them is all zeros."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = IdentityUNet(spec.model, spec.identity.dim)
+        with torch.no_grad():
+            for weight in network.parameters():
+                if not weight.any():
+                    weight.normal_(0.0, 0.1)
+    return network.eval()
+
+
+def random_identity(
+    count: int, spec: DiffusionSpec, seed: int = 0
+) -> npt.NDArray[np.float32]:
+    """[count, D] float32 vectors of length √D."""
+    vectors = np.random.default_rng(seed).normal(size=(count, spec.identity.dim))
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled = vectors / length * np.sqrt(spec.identity.dim)
+    return np.asarray(scaled, dtype=np.float32)
+
+
+def run_table(
+    table: SolverTable,
+    denoise: Callable[[Float64, int], Float64],
+    x_t: Float64,
+    noise: Callable[[int], Float64 | float] = lambda j: 0.0,
+    learned: bool = False,
+) -> list[Float64]:
+    """Execute a table in float64, as DESIGN's formula says; x after every row.
+
+    Args:
+        table: The table.
+        denoise: The model's output for x [B, C, ...] at a timestep, after guidance;
+            twice as many channels where ``learned``.
+        x_t: [B, C, ...], unit variance.
+        noise: The noise of row j.
+        learned: Whether the second half of the channels is the learned variance.
+    """
+    state = np.zeros((STATE_SLOTS, *x_t.shape))
+    state[0] = x_t * table.x_scale
+    after = []
+    for j, row in enumerate(table.rows.astype(np.float64)):
+        t, c_in, c_x, c_p, clip, low, high = row[:STEP_HEAD]
+        out = denoise(c_in * state[0], int(t))
+        prediction, variance = np.split(out, 2, axis=1) if learned else (out, 0.0)
+        x0 = np.clip(c_x * state[0] + c_p * prediction, -clip, clip)
+        share = (variance + 1) / 2
+        drawn = noise(j) * np.exp(0.5 * (share * high + (1 - share) * low))
+        columns = np.stack([*state, x0, np.broadcast_to(drawn, x0.shape)])
+        matrix = row[STEP_HEAD:].reshape(STATE_SLOTS, NOISE_COLUMN + 1)
+        state = np.tensordot(matrix, columns, axes=1)
+        after.append(state[0].copy())
+    return after
