@@ -41,7 +41,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class GraphEntry:
-    """An ONNX graph: ``step`` (a whole solver step) or ``unet`` (the bare UNet)."""
+    """An ONNX graph: ``step`` (a whole solver step) or ``unet`` (the bare UNet).
+
+    ``golden`` is an .npz with random inputs and what PyTorch made of them;
+    ``max_relative_error`` is ONNX Runtime's against PyTorch over all checked sizes.
+    """
 
     file: str
     kind: str
@@ -52,6 +56,7 @@ class GraphEntry:
     max_relative_error: float
     tolerance_step: float
     tolerance_trajectory: float
+    golden: str
     recipe: str = ""
 
 
@@ -76,7 +81,6 @@ class EngineEntry:
     build_seconds: float = 0.0
     peak_memory_bytes: int = 0
     self_test_error: float | None = None
-    verified: str = ""
     threads: int = 0
 
 
@@ -90,7 +94,6 @@ class Manifest:
     files: dict[str, Any]
     graphs: tuple[GraphEntry, ...] = ()
     engines: tuple[EngineEntry, ...] = ()
-    golden: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values, with format and version first."""
@@ -158,7 +161,9 @@ class Bundle:
                 return entry
         return None
 
-    def engine(self, target: str | None = None, backend: str | None = None) -> Any:
+    def engine(
+        self, target: str | None = None, backend: str | None = None
+    ) -> EngineEntry:
         """The engine of that target or backend; the only one if neither is given.
 
         Raises:
@@ -245,9 +250,7 @@ def _manifest_from_json(values: Any, where: str) -> Manifest:
 
 
 def _check_names(manifest: Manifest, where: str) -> None:
-    used = [graph.file for graph in manifest.graphs]
-    used += [name for e in manifest.engines for name in (e.file, e.graph)]
-    used += [manifest.golden] if manifest.golden else []
+    used = _used_files(manifest)
     for name in [*manifest.files, *used]:
         if not _NAME.fullmatch(name) or name == MANIFEST_NAME:
             raise BundleError(
@@ -257,6 +260,11 @@ def _check_names(manifest: Manifest, where: str) -> None:
             )
     for name in used:
         manifest.file_entry(name)
+
+
+def _used_files(manifest: Manifest) -> set[str]:
+    names = {name for g in manifest.graphs for name in (g.file, g.golden)}
+    return names | {name for e in manifest.engines for name in (e.file, e.graph)}
 
 
 @contextlib.contextmanager
@@ -321,9 +329,7 @@ class BundleWriter:
         return Bundle(self.folder, manifest)
 
     def _without_unused(self) -> Manifest:
-        used = {graph.file for graph in self.manifest.graphs}
-        used |= {name for e in self.manifest.engines for name in (e.file, e.graph)}
-        used.add(self.manifest.golden)
+        used = _used_files(self.manifest)
         files = {k: v for k, v in self.manifest.files.items() if k in used}
         return dataclasses.replace(self.manifest, files=files)
 

@@ -35,10 +35,9 @@ class Model:
         """SHA-256 of the checkpoint's weights file."""
         if self.bundle is not None:
             return self.bundle.manifest.checkpoint_sha256
-        from .files import sha256_of_file
-        from .reference.checkpoint import WEIGHTS_NAME
+        from .reference.checkpoint import weights_sha256
 
-        return sha256_of_file(self.path / WEIGHTS_NAME)
+        return weights_sha256(self.path)
 
 
 def open_model(path: Path) -> Model:

@@ -87,6 +87,8 @@ class ParityReport:
     written as it stands, so it must hold no path of a photo. ``final`` compares the
     last pictures in [-1, 1] before rounding, ``final_unsaturated`` the same where no
     clamp can hide an error; ``uint8_max`` is the largest difference in grey levels.
+    ``oracle`` compares the reference with a third computation of the same trajectory,
+    diffusers' own scheduler, held to ``oracle_tolerance``.
     """
 
     title: str
@@ -97,6 +99,8 @@ class ParityReport:
     uint8_max: int
     tolerances: Tolerances
     identity: IdentitySimilarity | None = None
+    oracle: Comparison | None = None
+    oracle_tolerance: float = 1e-4
     failures: tuple[str, ...] = field(default=())
 
     @property
@@ -116,6 +120,8 @@ class ParityReport:
         uint8_max: int,
         tolerances: Tolerances,
         identity: IdentitySimilarity | None = None,
+        oracle: Comparison | None = None,
+        oracle_tolerance: float = 1e-4,
     ) -> ParityReport:
         """A judged report; the arguments are the fields.
 
@@ -124,6 +130,11 @@ class ParityReport:
         """
         if identity and len(identity.reference) != len(identity.engine):
             raise InputError("identity similarities need one number a side and picture")
+        failures = [*judge(per_step, final, final_unsaturated, tolerances)]
+        if oracle is not None:
+            failures += _judge_one(
+                "reference against diffusers' scheduler", oracle, oracle_tolerance
+            )
         return cls(
             title=title,
             subject=dict(subject),
@@ -133,7 +144,9 @@ class ParityReport:
             uint8_max=uint8_max,
             tolerances=tolerances,
             identity=identity,
-            failures=tuple(judge(per_step, final, final_unsaturated, tolerances)),
+            oracle=oracle,
+            oracle_tolerance=oracle_tolerance,
+            failures=tuple(failures),
         )
 
     @property
@@ -162,6 +175,7 @@ class ParityReport:
         }
         found |= _prefixed("final", self.final)
         found |= _prefixed("final_unsaturated", self.final_unsaturated, like=self.final)
+        found |= _prefixed("oracle", self.oracle, like=self.final)
         similarity = self.identity or IdentitySimilarity("", (), ())
         found["identity_name"] = similarity.name or None
         found["identity_reference"] = [_finite(v) for v in similarity.reference]

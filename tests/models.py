@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from id3pm_deploy.reference.checkpoint import save_checkpoint
 from id3pm_deploy.reference.unet import IdentityUNet
 from id3pm_deploy.solvers import NOISE_COLUMN, STATE_SLOTS, STEP_HEAD, SolverTable
 from id3pm_deploy.spec import DiffusionSpec, IdentitySpec, ModelSpec, ScheduleSpec
@@ -104,3 +106,29 @@ def run_table(
         state = np.tensordot(matrix, columns, axes=1)
         after.append(state[0].copy())
     return after
+
+
+def checkpoint_spec() -> DiffusionSpec:
+    """A spec with no field at its default, for what goes through files."""
+    return tiny_spec(
+        channel_multipliers=(1, 1),
+        num_head_channels=32,
+        learned_variance=True,
+        schedule=ScheduleSpec("linear", 500),
+        prediction_type="v",
+        identity=IdentitySpec(16, "model of a test", "ab" * 32, "unit"),
+        title="a test",
+        origin={"steps": 12, "loss": 0.5, "faces": ["a", "b"]},
+    )
+
+
+def save_tiny_checkpoint(folder: Path) -> Path:
+    """Write a good checkpoint of :func:`checkpoint_spec`."""
+    spec = checkpoint_spec()
+    save_checkpoint(folder, spec, tiny_network(spec).state_dict())
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Names and bytes of the files in a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -180,7 +180,9 @@ def _module_and_names(
     return _UnetModule(body).eval(), UNET_INPUTS, UNET_OUTPUTS
 
 
-def _example(spec: DiffusionSpec, recipe: ExportRecipe, size: tuple[int, int]) -> Arrays:
+def _example(
+    spec: DiffusionSpec, recipe: ExportRecipe, size: tuple[int, int]
+) -> Arrays:
     if recipe.graph == "step":
         return step_inputs(spec, *size, seed=sum(size))
     return unet_inputs(spec, size[1], seed=size[1])
@@ -292,5 +294,3 @@ def _checked_against(
                 )
             worst = max(worst, found.max_rel)
     return worst
-
-

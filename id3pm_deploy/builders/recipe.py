@@ -181,9 +181,9 @@ class EngineRecipe:
             ("dynamic_samples", samples),
             ("dynamic_rows_per_sample", each),
         ):
-            if len(sizes) != 3:
+            if len(sizes) != 3 or sorted(sizes) != list(sizes):
                 raise RecipeError(
-                    f"{name} must be three numbers: fewest, usual and most",
+                    f"{name} must be three rising numbers: fewest, usual and most",
                     why=f"it is {list(sizes)}",
                 )
         low, usual, high = (b * r for b, r in zip(samples, each, strict=True))

@@ -32,7 +32,9 @@ def sampling_options(function: F) -> F:
             option("--solver", default=DEFAULT_SOLVER, type=click.Choice(SOLVERS)),
             option("--steps", default=DEFAULT_STEPS, help="Solver steps."),
             option("--guidance", default=DEFAULT_GUIDANCE, help="Guidance scale."),
-            option("--guide-variance", is_flag=True, help="Guide learned variance too."),
+            option(
+                "--guide-variance", is_flag=True, help="Guide learned variance too."
+            ),
             option("--eta", default=0.0, help="DDIM's η: 0 is deterministic."),
             option(
                 "--spacing",

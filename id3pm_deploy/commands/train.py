@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-PATH = click.Path(path_type=Path)
+from .options import PATH, option
 
 
 def _numbers(kind: type) -> Any:
@@ -21,43 +21,43 @@ def _numbers(kind: type) -> Any:
     return parse
 
 
-def _setting(name: str, **rest: Any) -> Any:
-    return click.option(name, show_default=True, **rest)
-
-
 @click.command()
 @click.argument("faces", nargs=-1, required=True, type=PATH)
 @click.option("--out", required=True, type=PATH, help="CHECKPOINT folder to write.")
-@click.option("--model", "fr_model", default="sface", show_default=True, help="FR model.")
+@click.option(
+    "--model", "fr_model", default="sface", show_default=True, help="FR model."
+)
 @click.option("--resume", is_flag=True, help="Go on from OUT.training.")
 @click.option("--init", "initial", type=PATH, help="CHECKPOINT to start from.")
-@_setting("--steps", default=4000, help="Optimizer steps in all.")
-@_setting("--batch-size", default=32)
-@_setting("--image-size", default=32, help="Side of the pictures, in pixels.")
-@_setting("--base-channels", default=32)
-@_setting("--channel-multipliers", default="1,2,4", callback=_numbers(int))
-@_setting("--residual-blocks", default=2)
-@_setting("--attention-resolutions", default="8", callback=_numbers(int))
-@_setting("--num-head-channels", default=32)
-@_setting("--model-dropout", default=0.0)
-@_setting("--prediction-type", default="v", type=click.Choice(["epsilon", "x0", "v"]))
-@_setting("--schedule", default="cosine", type=click.Choice(["cosine", "linear"]))
-@_setting("--learning-rate", default=6e-4)
-@_setting("--final-learning-rate", default=6e-5)
-@_setting("--warmup-steps", default=200)
-@_setting("--weight-decay", default=0.01)
-@_setting("--ema-decay", default=0.9995)
-@_setting("--condition-dropout", default=0.1, help="Share trained without identity.")
-@_setting("--identity-noise", default=0.0, help="Noise on the vector, per entry.")
-@_setting("--identity-jitter", default=1, help="Shifted crops embedded a face.")
-@_setting("--crop-margin", default=1.15, help="How much to show around the face.")
-@_setting("--shares", default="", callback=_numbers(float), help="Share a folder.")
-@_setting("--seed", default=0)
-@_setting("--save-every", default=250, help="Steps between saves.")
-@_setting("--sheet-every", default=1000, help="Steps between contact sheets.")
-@_setting("--compile/--no-compile", default=False, help="Use torch.compile.")
-@_setting("--device", default="cpu")
-@_setting("--threads", default=0, help="CPU threads; 0 leaves torch's choice.")
+@option("--steps", default=4000, help="Optimizer steps in all.")
+@option("--batch-size", default=16)
+@option("--image-size", default=32, help="Side of the pictures, in pixels.")
+@option("--base-channels", default=32)
+@option("--channel-multipliers", default="1,2,4", callback=_numbers(int))
+@option("--residual-blocks", default=2)
+@option("--attention-resolutions", default="8", callback=_numbers(int))
+@option("--num-head-channels", default=32)
+@option("--resblock-updown/--conv-updown", default=False, help="Resampling.")
+@option("--model-dropout", default=0.0)
+@option("--prediction-type", default="v", type=click.Choice(["epsilon", "x0", "v"]))
+@option("--schedule", default="cosine", type=click.Choice(["cosine", "linear"]))
+@option("--learning-rate", default=5e-4)
+@option("--final-learning-rate", default=5e-5)
+@option("--warmup-steps", default=200)
+@option("--weight-decay", default=0.01)
+@option("--ema-decay", default=0.9995)
+@option("--condition-dropout", default=0.1, help="Share trained without identity.")
+@option("--identity-noise", default=0.0, help="Noise on the vector, per entry.")
+@option("--identity-jitter", default=1, help="Shifted crops embedded a face.")
+@option("--crop-margin", default=1.15, help="How much to show around the face.")
+@option("--shares", default="", callback=_numbers(float), help="Share a folder.")
+@option("--seed", default=0)
+@option("--save-every", default=250, help="Steps between saves.")
+@option("--sheet-every", default=1000, help="Steps between contact sheets.")
+@option("--compile/--no-compile", default=False, help="Use torch.compile.")
+@option("--device", default="cpu")
+@option("--processes", default=1, help="CPU processes that share each batch.")
+@option("--threads", default=0, help="Threads a process; 0: torch's choice.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     faces: tuple[Path, ...],
@@ -78,15 +78,13 @@ def command(
 
     from ..optional import require
 
-    torch = require("torch", extra="train")
+    require("torch", extra="train")
     require("diffusers", extra="train")
     from ..identity.embedders import load_embedder
     from ..training.config import TrainingConfig
     from ..training.loop import train, work_folder
 
     config = TrainingConfig(**settings)
-    if threads:
-        torch.set_num_threads(threads)
     tensors = None
     if initial is not None:
         from ..reference.checkpoint import load_checkpoint
@@ -94,7 +92,13 @@ def command(
         tensors = load_checkpoint(initial).network.state_dict()
     embedder = load_embedder(fr_model)
     result = train(
-        list(faces), out, config, embedder, resume=resume, initial=tensors
+        list(faces),
+        out,
+        config,
+        embedder,
+        resume=resume,
+        initial=tensors,
+        threads=threads,
     )
     if as_json:
         click.echo(json.dumps(asdict(result)))

@@ -84,6 +84,20 @@ def _spec_from_json(values: Any, where: str) -> DiffusionSpec:
         raise CheckpointError(error.what, why=error.why, fix=error.fix) from error
 
 
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of the weights file, which stands for the checkpoint in records.
+
+    Raises:
+        CheckpointError: There is no weights file.
+    """
+    try:
+        return sha256_of_file(folder / WEIGHTS_NAME)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {folder / WEIGHTS_NAME}", why=error.strerror or str(error)
+        ) from error
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Load a CHECKPOINT folder.
 

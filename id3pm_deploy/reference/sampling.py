@@ -9,6 +9,7 @@ differently.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -179,7 +180,10 @@ def reference_trajectory(
     )
     alphas = scheduler.alphas_cumprod
     if solver != "ddim":
-        scheduler.set_timesteps(timesteps=list(times))
+        with warnings.catch_warnings():
+            # It hands a tensor to np.array, which NumPy 2 deprecates.
+            warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
+            scheduler.set_timesteps(timesteps=list(times))
     channels = spec.model.image_channels
     x = x_t
     for index, t in enumerate(times):

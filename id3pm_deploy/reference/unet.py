@@ -72,7 +72,10 @@ def embedding_frequencies(dim: int) -> Tensor:
     """Frequencies [dim // 2] float32 of the timestep embedding (Vaswani et al. 2017,
     sec. 3.5, as guided-diffusion and diffusers compute them)."""
     half = dim // 2
-    exponents = -math.log(10_000.0) * torch.arange(half, dtype=torch.float32)
+    # Always on the CPU: the same bits everywhere, and there in a network whose weights
+    # are still on the meta device.
+    numbers = torch.arange(half, dtype=torch.float32, device="cpu")
+    exponents = -math.log(10_000.0) * numbers
     return torch.exp(exponents / half)
 
 

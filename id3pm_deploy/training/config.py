@@ -16,6 +16,8 @@ class TrainingConfig:
     identity vector (whose entries have variance 1) before it is scaled back to its
     norm; it keeps a small data set from being learned by heart. ``identity_jitter``
     is how many slightly shifted crops of each face are embedded for the same reason.
+    ``processes`` share each batch between them on a CPU: one a core is faster and
+    steadier there than one process with as many threads.
     """
 
     image_size: int = 32
@@ -24,14 +26,15 @@ class TrainingConfig:
     residual_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (8,)
     num_head_channels: int = 32
+    resblock_updown: bool = False
     model_dropout: float = 0.0
     prediction_type: PredictionType = "v"
     schedule: str = "cosine"
     normalisation: Normalisation = "unit_sqrt_dim"
     steps: int = 4000
-    batch_size: int = 32
-    learning_rate: float = 6e-4
-    final_learning_rate: float = 6e-5
+    batch_size: int = 16
+    learning_rate: float = 5e-4
+    final_learning_rate: float = 5e-5
     warmup_steps: int = 200
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
@@ -46,6 +49,7 @@ class TrainingConfig:
     sheet_every: int = 1000
     compile: bool = False
     device: str = "cpu"
+    processes: int = 1
 
     def __post_init__(self) -> None:
         positive = ("steps", "batch_size", "learning_rate", "save_every", "sheet_every")
@@ -55,6 +59,13 @@ class TrainingConfig:
                     f"{name.replace('_', ' ')} must be above 0",
                     why=f"it is {getattr(self, name)}",
                 )
+        if self.processes < 1 or self.batch_size % self.processes:
+            raise InputError(
+                "the batch size must be a multiple of the processes",
+                why=f"they are {self.batch_size} and {self.processes}",
+            )
+        if self.processes > 1 and self.device != "cpu":
+            raise InputError("several processes are for training on a CPU")
         for name in ("condition_dropout", "ema_decay", "model_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(

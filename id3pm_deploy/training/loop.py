@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
+import torch.multiprocessing
 from torch import Tensor
 
 from ..errors import InputError, TrainingError
@@ -59,6 +62,7 @@ def diffusion_spec(config: TrainingConfig, embedder: Embedder) -> DiffusionSpec:
         attention_resolutions=config.attention_resolutions,
         num_head_channels=config.num_head_channels,
         dropout=config.model_dropout,
+        resblock_updown=config.resblock_updown,
     )
     identity = IdentitySpec(
         dim=embedder.dim,
@@ -158,25 +162,42 @@ def diffusion_loss(
     return (out - target).square().mean()
 
 
-class Trainer:
-    """One run: network, average, optimizer and where they are kept."""
+@dataclass(frozen=True)
+class Plan:
+    """What every process of a run is told."""
 
-    def __init__(
-        self, config: TrainingConfig, spec: DiffusionSpec, out: Path
-    ) -> None:
-        self.config, self.spec, self.out = config, spec, out
-        self.work = make_folder(work_folder(out))
-        os.chmod(self.work, 0o700)
+    config: TrainingConfig
+    spec: DiffusionSpec
+    out: Path
+    resume: bool = False
+    initial: dict[str, Tensor] | None = None
+    threads: int = 0
+
+
+class Trainer:
+    """One process of a run: network, average, optimizer and where they are kept.
+
+    Every process holds the same weights and takes its share of each batch.
+    """
+
+    def __init__(self, plan: Plan, rank: int = 0) -> None:
+        config = plan.config
+        self.config, self.spec, self.out, self.rank = config, plan.spec, plan.out, rank
+        self.work = work_folder(plan.out)
+        if plan.threads:
+            torch.set_num_threads(plan.threads)
         torch.manual_seed(config.seed)
-        self.network = IdentityUNet(spec.model, spec.identity.dim).to(config.device)
-        self.network.train()
+        network = IdentityUNet(plan.spec.model, plan.spec.identity.dim)
+        self.network = network.to(config.device).train()
+        if plan.initial is not None:
+            self.network.load_state_dict(plan.initial)
         self.ema = Ema(self.network)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
         )
-        schedule = noise_schedule(spec.schedule)
+        schedule = noise_schedule(plan.spec.schedule)
         self.alphas = torch.tensor(
             schedule.alphas_cumprod, dtype=torch.float32, device=config.device
         )
@@ -184,32 +205,28 @@ class Trainer:
             torch.compile(self.network) if config.compile else self.network
         )
         self.step = 0
-
-    def resume(self) -> None:
-        """Continue where the kept state stops."""
-        self.step = load_state(self.work, self.network, self.ema, self.optimizer)
-
-    def start_from(self, tensors: dict[str, Tensor]) -> None:
-        """Begin with another model's weights."""
-        self.network.load_state_dict(tensors)
-        self.ema = Ema(self.network)
+        if plan.resume:
+            self.step = load_state(self.work, self.network, self.ema, self.optimizer)
 
     def train_step(self, x0: Tensor, identity: Tensor) -> float:
-        """One optimizer step; returns the loss."""
+        """One optimizer step on this process's share of a batch; returns its loss."""
         config = self.config
-        torch.manual_seed((config.seed << 32) ^ self.step)
+        torch.manual_seed(hash((config.seed, self.step, self.rank)) & (1 << 62) - 1)
         rate = config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        mine = slice(self.rank, None, config.processes)
         loss = diffusion_loss(
             self.forward,
-            x0.to(config.device),
-            identity.to(config.device),
+            x0[mine].to(config.device),
+            identity[mine].to(config.device),
             self.alphas,
             self.spec.prediction_type,
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        if config.processes > 1:
+            _average_gradients(self.network, config.processes)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.gradient_clip)
         self.optimizer.step()
         self.ema.update(self.network, config.ema_decay_at(self.step))
@@ -219,15 +236,17 @@ class Trainer:
     def save(self, origin: dict[str, Any]) -> None:
         """Write the resumable state, and the averaged weights as a CHECKPOINT."""
         save_state(self.work, self.step, self.network, self.ema, self.optimizer)
-        spec = DiffusionSpec(
-            model=self.spec.model,
-            identity=self.spec.identity,
-            schedule=self.spec.schedule,
-            prediction_type=self.spec.prediction_type,
-            title=self.out.name,
-            origin=origin,
-        )
+        spec = replace(self.spec, title=self.out.name, origin=origin)
         save_checkpoint(self.out, spec, self.ema.tensors)
+
+
+def _average_gradients(network: torch.nn.Module, processes: int) -> None:
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    parts = (flat / processes).split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, parts, strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def train(
@@ -238,6 +257,7 @@ def train(
     *,
     resume: bool = False,
     initial: dict[str, Tensor] | None = None,
+    threads: int = 0,
 ) -> TrainingResult:
     """Train a CHECKPOINT on the faces in ``folders``.
 
@@ -249,18 +269,15 @@ def train(
         embedder: The black-box FR model whose vectors condition the network.
         resume: Go on from the state in ``OUT.training``.
         initial: Weights to start from, by tensor name.
+        threads: CPU threads a process; 0 leaves torch's choice.
 
     Raises:
         InputError: Unusable faces or settings, or ``out`` is in use.
         TrainingError: The state cannot be resumed, or the loss is not finite.
     """
     _check_start(out, config, resume=resume)
-    trainer = Trainer(config, diffusion_spec(config, embedder), out)
-    if resume:
-        trainer.resume()
-    elif initial is not None:
-        trainer.start_from(initial)
-    write_json(trainer.work / SETTINGS_NAME, asdict(config))
+    work = make_folder(work_folder(out))
+    os.chmod(work, 0o700)
     faces = load_faces(
         folders,
         embedder,
@@ -268,9 +285,44 @@ def train(
         margin=config.crop_margin,
         jitter=config.identity_jitter,
         seed=config.seed,
-        cache=trainer.work / CACHE_NAME,
+        cache=work / CACHE_NAME,
     )
-    return _run(trainer, faces)
+    write_json(work / SETTINGS_NAME, asdict(config))
+    plan = Plan(config, diffusion_spec(config, embedder), out, resume, initial, threads)
+    if config.processes == 1:
+        return _run(Trainer(plan), faces)
+    return _run_processes(plan, faces)
+
+
+def _run_processes(plan: Plan, faces: TrainingFaces) -> TrainingResult:
+    """Run one process a share of the batch; they meet in a file, on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "result.json"
+        meeting = f"file://{folder}/meeting"
+        try:
+            torch.multiprocessing.spawn(  # type: ignore[no-untyped-call, attr-defined]
+                _process, (plan, faces, meeting, answer), plan.config.processes
+            )
+        except Exception as error:  # it carries a child's traceback as text
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise TrainingError(
+                "a training process failed", why=lines[-1] if lines else str(error)
+            ) from error
+        return TrainingResult(**json.loads(answer.read_text()))
+
+
+def _process(
+    rank: int, plan: Plan, faces: TrainingFaces, meeting: str, answer: Path
+) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=plan.config.processes
+    )
+    torch.set_num_threads(plan.threads or 1)
+    result = _run(Trainer(plan, rank), faces)
+    if rank == 0:
+        write_json(answer, asdict(result))
+    torch.distributed.destroy_process_group()
 
 
 def _check_start(out: Path, config: TrainingConfig, *, resume: bool) -> None:
@@ -287,7 +339,7 @@ def _check_start(out: Path, config: TrainingConfig, *, resume: bool) -> None:
         )
     if resume and (work / SETTINGS_NAME).exists():
         kept = json.loads((work / SETTINGS_NAME).read_text())
-        free = {"steps", "save_every", "sheet_every", "compile", "device"}
+        free = {"steps", "save_every", "sheet_every", "compile", "device", "processes"}
         now = json.loads(json.dumps(asdict(config)))
         changed = sorted(k for k in kept if k not in free and kept[k] != now.get(k))
         if changed:
@@ -300,9 +352,9 @@ def _check_start(out: Path, config: TrainingConfig, *, resume: bool) -> None:
 def _run(trainer: Trainer, faces: TrainingFaces) -> TrainingResult:
     config, begun = trainer.config, time.monotonic()
     batches = Batches(faces, config)
-    smooth, first = float("nan"), trainer.step
-    with progress(config.steps, "training") as tick:
-        tick(first)
+    smooth, leads = float("nan"), trainer.rank == 0
+    left = config.steps - trainer.step
+    with progress(left, "training", enabled=None if leads else False) as tick:
         while trainer.step < config.steps:
             loss = trainer.train_step(*batches.at(trainer.step))
             if not np.isfinite(loss):
@@ -312,7 +364,8 @@ def _run(trainer: Trainer, faces: TrainingFaces) -> TrainingResult:
                 )
             smooth = loss if np.isnan(smooth) else 0.98 * smooth + 0.02 * loss
             tick(note=f"loss {smooth:.4f}")
-            _keep(trainer, faces, batches, smooth, time.monotonic() - begun)
+            if leads:
+                _keep(trainer, faces, batches, smooth, time.monotonic() - begun)
     seconds = time.monotonic() - begun
     return TrainingResult(config.steps, smooth, seconds, len(faces), faces.skipped)
 

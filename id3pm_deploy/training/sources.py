@@ -119,9 +119,7 @@ def _dcgan(tensors: dict[str, Any]) -> Any:
     for index, (_, weight) in enumerate(convolutions):
         wide, narrow = weight.shape[:2]
         stride, padding = (1, 0) if index == 0 else (2, 1)
-        layers.append(
-            nn.ConvTranspose2d(wide, narrow, 4, stride, padding, bias=False)
-        )
+        layers.append(nn.ConvTranspose2d(wide, narrow, 4, stride, padding, bias=False))
         if index + 1 < len(convolutions):
             layers += [nn.BatchNorm2d(narrow), nn.ReLU(inplace=True)]
     network = nn.Sequential(*layers, nn.Tanh())

@@ -25,7 +25,8 @@ class Ema:
 
     def __init__(self, network: nn.Module) -> None:
         self.tensors = {
-            name: tensor.detach().clone() for name, tensor in network.state_dict().items()
+            name: tensor.detach().clone()
+            for name, tensor in network.state_dict().items()
         }
 
     @torch.no_grad()

@@ -1,0 +1,48 @@
+"""``id3pm-deploy inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import PATH
+
+
+@click.command(name="inspect")
+@click.argument("path", type=PATH)
+@click.option("--self-test", is_flag=True, help="Run a BUNDLE on its golden data.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def command(path: Path, self_test: bool, as_json: bool) -> None:
+    """Show what a CHECKPOINT, BUNDLE, picture (.png) or identity file (.npz) holds.
+
+    Every file of a bundle is checked against the manifest's SHA-256; the weights of a
+    checkpoint against its config. Identity vectors are never shown.
+    """
+    from ..inspection import inspect_path, self_test_errors
+
+    facts = inspect_path(path)
+    if self_test:
+        facts["self_test"] = self_test_errors(path)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for line in _lines(facts):
+        click.echo(line)
+
+
+def _lines(value: Any, indent: int = 0) -> list[str]:
+    lines = []
+    for key, item in value.items():
+        pad = "  " * indent
+        if isinstance(item, dict) and item:
+            lines += [f"{pad}{key}", *_lines(item, indent + 1)]
+        elif isinstance(item, list | tuple) and item and isinstance(item[0], dict):
+            for number, entry in enumerate(item):
+                lines += [f"{pad}{key} {number}", *_lines(entry, indent + 1)]
+        elif item not in (None, "", {}, [], ()):
+            text = ", ".join(map(str, item)) if isinstance(item, list | tuple) else item
+            lines.append(f"{pad}{key:<24} {text}")
+    return lines

@@ -1,0 +1,176 @@
+"""The whole way in one call: photo, identity, engine, pictures, parity page."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import __version__
+from .builders.build import build_engine
+from .errors import InputError, MissingPackageError
+from .files import make_folder
+from .generate import (
+    Pictures,
+    SampleSettings,
+    check_output,
+    conditions,
+    make_pictures,
+    save_pictures,
+)
+from .identity.alignment import FaceDetector, align
+from .identity.embed import embed_photos, read_photo
+from .identity.embedders import load_embedder
+from .identity.vectors import IdentityFile, save_identities
+from .images import PictureMark, contact_sheet, save_sheet
+from .models import open_engine, open_model
+from .parity_run import ParityRequest, parity_to_folder
+from .progress import progress
+from .shipped import shipped_checkpoint
+
+_PERSON = "P001/assets/studio_portrait.jpg"
+_PHOTO_SIZE = 128
+_PHOTO_MARGIN = 1.15
+_PARITY_PICTURES = 3
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where things are and whether the engine agrees with PyTorch."""
+
+    overview: Path
+    pictures: Path
+    bundle: Path
+    parity_page: Path
+    parity_passed: bool
+    seconds: float
+
+
+def synthetic_photo() -> Path:
+    """A photo of a person who does not exist, from the package openpeople.
+
+    Raises:
+        MissingPackageError: The package is not installed.
+    """
+    found = importlib.util.find_spec("openpeople")
+    for folder in (found.submodule_search_locations or []) if found else []:
+        path = Path(folder) / "data" / "curated" / _PERSON
+        if path.is_file():
+            return path
+    raise MissingPackageError(
+        "the demo's photo is in the package openpeople, which is not installed",
+        fix="pip install 'id3pm-deploy[demo]', or give --photo FILE",
+    )
+
+
+def run_demo(
+    out: Path,
+    *,
+    photo: Path | None = None,
+    checkpoint: Path | None = None,
+    target: str = "cpu",
+    settings: SampleSettings | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> DemoResult:
+    """Photo to identity to engine to pictures to parity page, under ``out``.
+
+    Args:
+        out: Folder for everything.
+        photo: Photo of one person; None: a synthetic person's.
+        checkpoint: None: the shipped one.
+        target: Recipe in ``engines/`` that runs on this machine.
+        settings: How to sample; None: defaults.
+        force: Replace an earlier demo in ``out``.
+        say: Called with a line for each stage.
+
+    Raises:
+        Id3pmError: Any stage's own error.
+    """
+    begun = time.monotonic()
+    source = photo or synthetic_photo()
+    source_checkpoint = checkpoint or shipped_checkpoint()
+    settings = settings or SampleSettings(count=6)
+    if out.exists() and not force and any(out.iterdir()):
+        raise InputError(f"{out} is not empty", fix="give another --out, or --force")
+    make_folder(out)
+    check_output(out / "pictures", force=force)
+    say("1/4  photo to identity vector")
+    file = _embed(source, out / "identity.npz")
+    say("2/4  checkpoint to engine")
+    built = build_engine(source_checkpoint, target, out / "bundle")
+    say("3/4  identity vector to pictures")
+    made = _sample(built.bundle.folder, settings, file, out / "pictures", force)
+    _save_overview(out / "overview.png", source, made)
+    say("4/4  engine against PyTorch")
+    passed = _compare(built.bundle.folder, source_checkpoint, settings, out)
+    return DemoResult(
+        overview=out / "overview.png",
+        pictures=out / "pictures",
+        bundle=built.bundle.folder,
+        parity_page=out / "parity" / "index.html",
+        parity_passed=passed,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _embed(photo: Path, out: Path) -> IdentityFile:
+    with progress(1, "embedding") as tick:
+        file = embed_photos([photo], load_embedder("sface"), FaceDetector())
+        tick()
+    save_identities(out, file)
+    return file
+
+
+def _sample(
+    bundle: Path, settings: SampleSettings, file: IdentityFile, out: Path, force: bool
+) -> Pictures:
+    model = open_model(bundle)
+    wanted = conditions(model.spec, file, settings.count)
+    batches = -(-settings.count // settings.batch_size)
+    total = batches * settings.solver.steps
+    with open_engine(model) as engine, progress(total, "sampling") as tick:
+        made = make_pictures(engine, model, settings, wanted, lambda _: tick())
+        save_pictures(out, made, settings, engine, model, wanted)
+    return made
+
+
+def _compare(
+    bundle: Path, checkpoint: Path, settings: SampleSettings, out: Path
+) -> bool:
+    model = open_model(bundle)
+    request = ParityRequest(
+        checkpoint=checkpoint,
+        identity=out / "identity.npz",
+        settings=dataclasses.replace(settings, count=_PARITY_PICTURES),
+        judge="sface",
+    )
+    with open_engine(model) as engine:
+        return parity_to_folder(out / "parity", model, engine, request).passed
+
+
+def _save_overview(path: Path, photo: Path, made: Pictures) -> None:
+    """The aligned photo beside the pictures; only sensible for a synthetic person."""
+    rgb = read_photo(photo)
+    points = FaceDetector().find_face(rgb).points
+    face = align(rgb, points, _PHOTO_SIZE, _PHOTO_MARGIN)
+    factor = max(1, _PHOTO_SIZE // made.pixels.shape[1])
+    shown = [np.kron(p, np.ones((factor, factor, 1), np.uint8)) for p in made.pixels]
+    side = shown[0].shape[0]
+    first = align(rgb, points, side, _PHOTO_MARGIN) if side != _PHOTO_SIZE else face
+    sheet = contact_sheet(
+        [first, *shown],
+        columns=len(shown) + 1,
+        column_labels=["photo", *(f"sample {i}" for i in range(len(shown)))],
+        scale=1,
+        title="photo of a person, and pictures made from its identity vector",
+    )
+    mark: PictureMark = dataclasses.replace(
+        made.marks[0], sample=None, tool_version=__version__
+    )
+    save_sheet(path, sheet, mark)

@@ -1,0 +1,445 @@
+"""Plans really built by TensorRT-RTX without a GPU, and builds that end badly."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from id3pm_deploy.builders import tensorrt as builder
+from id3pm_deploy.builders import tensorrt_child as child
+from id3pm_deploy.builders.precision import share_of
+from id3pm_deploy.builders.recipe import EngineRecipe
+from id3pm_deploy.builders.tensorrt import BuiltPlan, build_plan
+from id3pm_deploy.builders.tensorrt_events import Messages
+from id3pm_deploy.errors import BuildError, MissingPackageError, RecipeError
+
+HALF = EngineRecipe(
+    summary="a test",
+    backend="tensorrt",
+    flavour="tensorrt_rtx",
+    export="float16",
+    precision="float16",
+    static_guided_samples=(1,),
+    dynamic_samples=(1, 2, 3),
+    compute_capabilities=("8.6", "12.0"),
+)
+FULL = dataclasses.replace(HALF, export="float32", precision="float32")
+FAKE = dataclasses.replace(HALF, flavour="tensorrt", compute_capabilities=())
+CHANNELS, SIZE, KERNEL = 8, 16, 3
+
+
+@pytest.fixture(scope="module")
+def trt() -> Any:
+    return pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX")
+
+
+def graph(
+    half: bool = True,
+    names: tuple[str | int, str | int] = ("B", "R"),
+    operators: tuple[str, ...] = ("Relu",),
+) -> Any:
+    """A step-like ONNX model: B pictures dealt to R rows, two convolutions, output."""
+    onnx = pytest.importorskip("onnx", reason="needs onnx")
+    make, kinds = onnx.helper, onnx.TensorProto
+    b, r = names
+    picture = (CHANNELS, SIZE, SIZE)
+    dtype = np.float16 if half else np.float32
+    weights = np.random.default_rng(0).normal(size=(CHANNELS, CHANNELS, KERNEL, KERNEL))
+    head = np.random.default_rng(1).normal(size=(1, CHANNELS, 1, 1))
+    nodes = [
+        make.make_node("Gather", ["state", "row"], ["rows"], name="deal"),
+        make.make_node(
+            "Cast", ["rows"], ["x"], to=kinds.FLOAT16 if half else kinds.FLOAT
+        ),
+        make.make_node("Conv", ["x", "weights"], ["c"], name="body", pads=[1] * 4),
+        *(
+            make.make_node(kind, ["c"], [f"o{i}"], name=f"node_{kind}")
+            for i, kind in enumerate(operators)
+        ),
+        make.make_node("Cast", ["o0"], ["y"], to=kinds.FLOAT),
+        make.make_node("Conv", ["y", "head"], ["out"], name="head"),
+    ]
+    more = [f"o{i}" for i in range(1, len(operators))]
+    return make.make_model(
+        make.make_graph(
+            nodes,
+            "step",
+            [
+                make.make_tensor_value_info("state", kinds.FLOAT, [b, *picture]),
+                make.make_tensor_value_info("row", kinds.INT32, [r]),
+            ],
+            [
+                make.make_tensor_value_info("out", kinds.FLOAT, [r, 1, SIZE, SIZE]),
+                *(make.make_tensor_value_info(n, kinds.FLOAT16, None) for n in more),
+            ],
+            [
+                onnx.numpy_helper.from_array(weights.astype(dtype), "weights"),
+                onnx.numpy_helper.from_array(head.astype(np.float32), "head"),
+            ],
+        ),
+        opset_imports=[make.make_opsetid("", 20)],
+    )
+
+
+def graph_bytes(**options: Any) -> bytes:
+    data: bytes = graph(**options).SerializeToString()
+    return data
+
+
+class Ticks:
+    """Stands in for the progress bar and keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.totals: list[int | None] = []
+        self.done = 0
+        self.notes: list[str] = []
+
+    @contextlib.contextmanager
+    def __call__(self, total: int | None, label: str) -> Iterator[Any]:
+        self.totals.append(total)
+        yield self.tick
+
+    def tick(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        self.notes += [note] * bool(note)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which temporary folders are made, also by child processes."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(trt: Any) -> tuple[BuiltPlan, Ticks]:
+    """A plan with a static and a dynamic profile, and its progress."""
+    ticks = Ticks()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "progress", ticks)
+        return build_plan(graph_bytes(), HALF), ticks
+
+
+def test_a_plan_is_built_and_described(
+    built: tuple[BuiltPlan, Ticks], trt: Any
+) -> None:
+    plan, _ = built
+    assert plan.data[:4] == b"vtrt"
+    assert len(plan.data) > 10_000
+    assert (plan.flavour, plan.version) == ("tensorrt_rtx", trt.__version__)
+    assert plan.precision == "float16"
+    assert plan.compute_capabilities == ("8.6", "12.0")
+    assert plan.profiles == (
+        {"samples": [1, 1, 1], "rows": [2, 2, 2]},
+        {"samples": [1, 2, 3], "rows": [1, 4, 6]},
+    )
+    assert plan.warnings == ()
+    assert 0 < plan.build_seconds < 120
+    assert 50e6 < plan.peak_memory_bytes < 4e9
+
+
+def test_layers_and_work_are_counted_in_the_parsed_network(
+    built: tuple[BuiltPlan, Ticks],
+) -> None:
+    found = built[0].layer_types
+    assert json.loads(json.dumps(found)) == found
+    assert found["source"] == "parsed network"
+    assert found["layers"]["CONVOLUTION"] == {"HALF": 1, "FLOAT": 1}
+    assert found["layers"]["ACTIVATION"] == {"HALF": 1}
+    pixels = 4 * SIZE * SIZE  # at the dynamic profile's usual 4 UNet rows
+    body, head = pixels * CHANNELS * CHANNELS * KERNEL**2, pixels * CHANNELS
+    assert found["multiply_accumulates"] == {
+        "samples": 2,
+        "rows": 4,
+        "CONVOLUTION": {"HALF": body, "FLOAT": head},
+    }
+    assert share_of(found, "float16", "CONVOLUTION") == body / (body + head)
+    assert share_of(found, "float16", "MATRIX_MULTIPLY") is None
+
+
+def test_progress_counts_the_profiles_and_names_the_phases(
+    built: tuple[BuiltPlan, Ticks],
+) -> None:
+    ticks = built[1]
+    assert ticks.totals == [2]
+    assert ticks.done == 2
+    assert len(set(ticks.notes)) > 3
+    assert any(note.startswith("Building engine") for note in ticks.notes)
+
+
+def test_a_graph_with_its_weights_in_another_file(
+    trt: Any, tmp_path: Path, temporary: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "step.onnx"
+    onnx.save(
+        graph(half=False),
+        path,
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
+    assert (tmp_path / "weights.bin").is_file()
+    plan = build_plan(path, dataclasses.replace(FULL, static_guided_samples=()))
+    assert plan.precision == "float32"
+    assert plan.layer_types["layers"]["CONVOLUTION"] == {"FLOAT": 2}
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("half", "recipe", "promised"),
+    [(False, HALF, "float16"), (True, FULL, "float32")],
+)
+def test_a_graph_of_another_precision_is_refused(
+    trt: Any, half: bool, recipe: EngineRecipe, promised: str, temporary: Path
+) -> None:
+    with pytest.raises(BuildError) as caught:
+        build_plan(graph_bytes(half=half), recipe)
+    assert f"promises {promised}" in caught.value.what
+    assert "parsed network" in caught.value.why
+    assert promised in caught.value.fix
+    assert list(temporary.iterdir()) == []
+
+
+def test_every_node_the_parser_refuses_is_named(trt: Any) -> None:
+    with pytest.raises(BuildError) as caught:
+        build_plan(graph_bytes(operators=("Frobnicate", "Det")), HALF)
+    assert "node_Frobnicate" in caught.value.what
+    assert "node 'node_Frobnicate' (Frobnicate)" in caught.value.why
+    assert "node 'node_Det' (Det)" in caught.value.why
+
+
+@pytest.mark.parametrize("data", [b"", b"no graph at all"])
+def test_what_is_no_graph_is_refused(trt: Any, data: bytes) -> None:
+    with pytest.raises(BuildError, match="cannot parse"):
+        build_plan(data, HALF)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("B", "N"), "neither B nor R"), ((1, 2), "sizes of the graph are fixed")],
+)
+def test_dimensions_must_be_the_step_graphs(
+    trt: Any, names: tuple[str | int, str | int], message: str
+) -> None:
+    with pytest.raises(BuildError, match=message):
+        build_plan(graph_bytes(names=names), HALF)
+
+
+def test_an_unknown_capability_is_refused_with_those_there_are(trt: Any) -> None:
+    recipe = dataclasses.replace(HALF, compute_capabilities=("8.6", "9.9"))
+    with pytest.raises(BuildError, match=r"compute capability 9\.9") as caught:
+        build_plan(graph_bytes(), recipe)
+    assert "8.9" in caught.value.fix
+
+
+def test_a_build_for_this_gpu_needs_one(trt: Any) -> None:
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU")
+    recipe = dataclasses.replace(HALF, compute_capabilities=("current",))
+    with pytest.raises(BuildError, match="could not build a plan") as caught:
+        build_plan(graph_bytes(), recipe)
+    assert "driver" in caught.value.why
+    assert "compute_capabilities" in caught.value.fix
+
+
+def test_tf32_is_off_and_options_are_set(trt: Any) -> None:
+    config = trt.Builder(trt.Logger(trt.ILogger.ERROR)).create_builder_config()
+    assert config.get_flag(trt.BuilderFlag.TF32)
+    recipe = dataclasses.replace(
+        FULL, workspace_bytes=1 << 28, optimization_level=1, auxiliary_streams=2
+    )
+    child.set_options(trt, config, recipe)
+    assert not config.get_flag(trt.BuilderFlag.TF32)
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
+    assert (config.builder_optimization_level, config.max_aux_streams) == (1, 2)
+    assert config.num_compute_capabilities == 2
+    last = config.get_compute_capability(1)
+    assert last == trt.ComputeCapability.SM120
+
+
+def test_networks_are_strongly_typed(trt: Any) -> None:
+    network = child.make_network(trt, trt.Builder(trt.Logger(trt.ILogger.ERROR)))
+    assert network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def test_a_library_that_has_only_strongly_typed_networks_is_asked_for_no_flag() -> None:
+    asked: list[int] = []
+    fake = SimpleNamespace(create_network=asked.append)
+    child.make_network(SimpleNamespace(), fake)
+    kinds = SimpleNamespace(STRONGLY_TYPED=3)
+    child.make_network(SimpleNamespace(NetworkDefinitionCreationFlag=kinds), fake)
+    assert asked == [0, 1 << 3]
+
+
+def test_a_library_without_portable_plans_refuses_capabilities() -> None:
+    fake = SimpleNamespace(
+        __name__="tensorrt", __version__="10.3", BuilderFlag=SimpleNamespace()
+    )
+    child.set_options(fake, object(), FAKE)  # and no TF32 to clear
+    recipe = dataclasses.replace(FAKE, compute_capabilities=("8.9",))
+    with pytest.raises(BuildError, match="for the GPU of this machine only"):
+        child.set_options(fake, object(), recipe)
+
+
+def test_a_builder_that_cannot_be_made_is_an_error() -> None:
+    def refuse(_: object) -> None:
+        raise TypeError("factory function returned nullptr")
+
+    fake = SimpleNamespace(__name__="tensorrt", __version__="10.3", Builder=refuse)
+    messages = Messages(SimpleNamespace(send=lambda *_, **__: None))  # type: ignore[arg-type]
+    with pytest.raises(BuildError, match="cannot make a builder") as caught:
+        child.make_builder(fake, None, messages)
+    assert "nullptr" in caught.value.why
+
+
+def test_only_tensorrt_recipes_make_plans() -> None:
+    recipe = EngineRecipe("s", "onnxruntime", "cpu", "float32", "float32")
+    with pytest.raises(RecipeError, match="makes no plan"):
+        build_plan(b"", recipe)
+
+
+def test_a_graph_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="there is no graph"):
+        build_plan(tmp_path / "no.onnx", HALF)
+
+
+# Below, a module called `tensorrt` stands in for the library, to end in a given way.
+
+Library = Callable[[str], None]
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """Make the source of the module `tensorrt` that child processes import."""
+    folder = tmp_path / "library"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+
+    def write(source: str) -> None:
+        (folder / "tensorrt.py").write_text(source)
+
+    return write
+
+
+def test_the_same_code_builds_with_a_library_of_fewer_names(
+    trt: Any, library: Library
+) -> None:
+    """What only TensorRT-RTX has is hidden, as is the progress monitor."""
+    library(
+        "import tensorrt_rtx as other\n"
+        "for name in dir(other):\n"
+        "    if name not in ('ComputeCapability', 'IProgressMonitor', '__name__'):\n"
+        "        globals()[name] = getattr(other, name)\n"
+    )
+    plan = build_plan(graph_bytes(), dataclasses.replace(FAKE, dynamic_samples=()))
+    assert (plan.flavour, plan.compute_capabilities) == ("tensorrt", ())
+    assert len(plan.profiles) == 1
+    assert plan.data[:4] == b"vtrt"
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV"])
+def test_a_signal_that_ends_the_build_is_named(
+    library: Library, temporary: Path, name: str
+) -> None:
+    library(
+        "import os, signal, sys\n"
+        "print('last words', file=sys.stderr, flush=True)\n"
+        f"os.kill(os.getpid(), signal.{name})\n"
+    )
+    with pytest.raises(BuildError, match=f"ended by {name}") as caught:
+        build_plan(b"a graph", FAKE)
+    assert "last words" in caught.value.why
+    assert ("memory" in caught.value.fix) == (name == "SIGKILL")
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_crash_in_python_is_an_error_with_its_last_words(library: Library) -> None:
+    library("print('chatter on standard output')\nraise RuntimeError('no good')\n")
+    with pytest.raises(BuildError, match="ended with status 1") as caught:
+        build_plan(b"a graph", FAKE)
+    assert "no good" in caught.value.why
+    assert "chatter on standard output" in caught.value.why
+
+
+def test_a_missing_library_is_named_with_its_extra(library: Library) -> None:
+    library("raise ImportError('not there')\n")
+    with pytest.raises(MissingPackageError) as caught:
+        build_plan(b"a graph", FAKE)
+    assert "id3pm-deploy[tensorrt]" in caught.value.fix
+
+
+STOPPED = """
+import sys
+from id3pm_deploy.builders.tensorrt import build_plan
+from id3pm_deploy.builders.recipe import EngineRecipe
+sys.path.insert(0, sys.argv[1])
+recipe = EngineRecipe(
+    "s", "tensorrt", "tensorrt", "e", "float16", dynamic_samples=(1, 2, 3)
+)
+build_plan(b"a graph", recipe)
+"""
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _runs(process: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_stopped_build_leaves_no_process_and_no_file(
+    library: Library, tmp_path: Path, temporary: Path, root: Path, name: str
+) -> None:
+    """Ctrl-C, and a parent that is killed without a chance to tidy up."""
+    pid = tmp_path / "pid"
+    library(
+        "import os, pathlib, time\n"
+        f"path = pathlib.Path({str(pid)!r})\n"
+        "path.with_suffix('.new').write_text(str(os.getpid()))\n"
+        "path.with_suffix('.new').rename(path)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / "library")]
+    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE) as parent:
+        try:
+            assert _wait_for(pid.exists)
+            builds = int(pid.read_text())
+            assert _runs(builds)
+            assert len(list(temporary.iterdir())) == 1
+            os.kill(parent.pid, getattr(signal, name))
+            _, said = parent.communicate(timeout=20)
+        finally:
+            parent.kill()
+    assert (b"KeyboardInterrupt" in said) == (name == "SIGINT")
+    assert _wait_for(lambda: not _runs(builds))
+    assert _wait_for(lambda: not list(temporary.iterdir()))

@@ -1,0 +1,167 @@
+"""The torch engine: what goes in, what comes out, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from models import random_identity, tiny_network, tiny_spec
+
+from id3pm_deploy.backends.base import EngineInfo, StepShapes, step_shapes
+from id3pm_deploy.backends.torch import TorchEngine
+from id3pm_deploy.errors import EngineError
+from id3pm_deploy.guidance import GuidanceTable, guidance_table
+from id3pm_deploy.sampler import SampleJob, SeededNoise, run_trajectory
+from id3pm_deploy.solvers import STATE_SLOTS, STEP_WIDTH, SolverSettings, solver_table
+
+Float32 = npt.NDArray[np.float32]
+
+SPEC = tiny_spec(schedule="cosine", prediction_type="v", learned_variance=True)
+SHAPES = step_shapes(SPEC)
+IDENTITY = random_identity(2, SPEC)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[TorchEngine]:
+    with TorchEngine(tiny_network(SPEC), SHAPES) as made:
+        assert isinstance(made, TorchEngine)
+        yield made
+
+
+def test_the_engines_getters_between_rows(engine: TorchEngine) -> None:
+    table = solver_table(SPEC, SolverSettings("dpmpp-2m", 4))
+    job = SampleJob(IDENTITY[:2], table, 1.0, SeededNoise(7))
+    rows: list[int] = []
+
+    def look(j: int) -> None:
+        rows.append(j)
+        state, preview = engine.state(), engine.preview()
+        assert state.shape == (STATE_SLOTS, 2, *SHAPES.picture)
+        assert preview.shape == (2, *SHAPES.picture)
+        # Slot 1 of this solver keeps x0, and the copies are the caller's own.
+        assert (state[1] == preview).all()
+        state[...] = np.nan
+        preview[...] = np.nan
+
+    found = run_trajectory(engine, job, [0, 1], look)
+    assert rows == [0, 1, 2, 3]
+    assert np.isfinite(found.images).all()
+
+
+def test_a_trajectory_can_be_taken_up_again(engine: TorchEngine) -> None:
+    table = solver_table(SPEC, SolverSettings("dpmpp-2m", 4))
+    guidance = guidance_table(IDENTITY[:2], 2.0)
+    x_t = SeededNoise(3).start([0, 1], SHAPES.picture)
+    rows = [np.repeat(row[None], 2, axis=0) for row in table.rows]
+    engine.begin(x_t, guidance)
+    engine.run_row(rows[0], None)
+    engine.run_row(rows[1], None)
+    kept = engine.state()
+    engine.run_row(rows[2], None)
+    expected = engine.state()
+    engine.begin(np.zeros_like(x_t), guidance)
+    engine.load_state(kept)
+    engine.run_row(rows[2], None)
+    assert engine.state().tobytes() == expected.tobytes()
+
+
+def test_no_noise_is_zero_noise(engine: TorchEngine) -> None:
+    table = solver_table(SPEC, SolverSettings("ddpm", 4))
+    x_t = SeededNoise(3).start([0], SHAPES.picture)
+    ends = []
+    for noise in (None, np.zeros_like(x_t), x_t):
+        engine.begin(x_t, guidance_table(IDENTITY[:1], 1.0))
+        engine.run_row(table.rows[:1], noise)
+        ends.append(engine.state())
+    assert ends[0].tobytes() == ends[1].tobytes()
+    assert np.abs(ends[0] - ends[2]).max() > 0.01
+
+
+GUIDANCE = guidance_table(IDENTITY[:2], 2.0)
+X_T = SeededNoise(0).start([0, 1], SHAPES.picture)
+STEP = np.zeros((2, STEP_WIDTH), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("x_t", "parts", "message"),
+    [
+        (X_T[:1], {}, "x_T must be"),
+        (X_T[..., :8], {}, "x_T must be"),
+        (X_T.astype(np.float64), {}, "x_T must be float32"),
+        (X_T, {"identity": GUIDANCE.identity[:, :8]}, "identity must be"),
+        (X_T, {"identity": GUIDANCE.identity[:2]}, "identity must be"),
+        (X_T, {"identity": GUIDANCE.identity.astype(np.float16)}, "identity must be"),
+        (X_T, {"mix": GUIDANCE.mix[:1]}, "mix must be"),
+        (X_T, {"mix": GUIDANCE.mix[:, :, :2]}, "mix must be"),
+        (X_T, {"row": GUIDANCE.row.astype(np.int64)}, "row must be int32"),
+        (X_T, {"row": np.int32([0, 1, 2, 0])}, "row must name samples from 0 to 1"),  # type: ignore[arg-type]
+        (X_T, {"row": np.int32([0, 1, -1, 0])}, "row must name samples from 0 to 1"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_trajectory_that_does_not_fit(
+    engine: TorchEngine, x_t: Float32, parts: dict[str, Any], message: str
+) -> None:
+    whole = {name: getattr(GUIDANCE, name) for name in ("row", "identity", "mix")}
+    with pytest.raises(EngineError, match=message):
+        engine.begin(x_t, GuidanceTable(**{**whole, **parts}))
+
+
+@pytest.mark.parametrize(
+    ("step", "noise", "message"),
+    [
+        (STEP[:1], None, "step must be"),
+        (STEP[:, :30], None, "step must be"),
+        (STEP.astype(np.float64), None, "step must be float32"),
+        (STEP, X_T[:1], "noise must be"),
+        (STEP, X_T.astype(np.float64), "noise must be float32"),
+    ],
+)
+def test_a_row_that_does_not_fit(
+    engine: TorchEngine, step: Float32, noise: Float32 | None, message: str
+) -> None:
+    engine.begin(X_T, GUIDANCE)
+    with pytest.raises(EngineError, match=message):
+        engine.run_row(step, noise)
+
+
+def test_a_state_that_does_not_fit(engine: TorchEngine) -> None:
+    engine.begin(X_T, GUIDANCE)
+    wrong: list[Any] = [engine.state()[:1], engine.state().astype(np.float64)]
+    for state in wrong:
+        with pytest.raises(EngineError, match="state must be float32"):
+            engine.load_state(state)
+
+
+def test_nothing_works_before_a_trajectory_is_begun() -> None:
+    with TorchEngine(tiny_network(SPEC), SHAPES) as fresh:
+        with pytest.raises(EngineError, match="before a trajectory was begun"):
+            fresh.run_row(STEP, None)
+        for call in (
+            fresh.state,
+            fresh.preview,
+            fresh.failed_samples,
+            lambda: fresh.load_state(np.zeros(1, np.float32)),
+        ):
+            with pytest.raises(EngineError, match="no trajectory was begun"):
+                call()
+
+
+def test_a_device_that_is_not_there() -> None:
+    for device in ("cuda:63", "abacus"):
+        with pytest.raises(EngineError, match="PyTorch cannot use the device"):
+            TorchEngine(tiny_network(SPEC), SHAPES, device=device)
+
+
+def test_what_an_engine_says_of_itself() -> None:
+    network = tiny_network(SPEC)
+    with TorchEngine(network, SHAPES, "float16") as half:
+        assert half.info == EngineInfo("torch", torch.__version__, "float16", "cpu")
+        assert half.shapes == StepShapes(3, 16, 16)
+        half.begin(X_T, GUIDANCE)
+        half.run_row(STEP, None)
+        assert half.state().dtype == np.float32
+        assert not half.failed_samples().any()
