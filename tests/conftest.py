@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CHECKPOINT of random weights: 16x16, learned variance, v-prediction."""
+    from models import tiny_network, tiny_spec
+
+    from id3pm_deploy.reference.checkpoint import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    spec = tiny_spec(learned_variance=True, prediction_type="v", title="tiny")
+    save_checkpoint(folder, spec, tiny_network(spec).state_dict())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Its BUNDLE with the float32 graph and the cpu engine; do not change it."""
+    from id3pm_deploy.builders.build import build_engine
+
+    folder = tmp_path_factory.mktemp("tiny-bundle") / "bundle"
+    build_engine(tiny_checkpoint, "cpu", folder)
+    return folder
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A BUNDLE of the test's own."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -138,17 +138,19 @@ def test_each_sample_gets_its_own_identity_and_start() -> None:
 
 def test_failures_are_kept_until_the_next_trajectory() -> None:
     table = solver_table(SPEC, SolverSettings("ddim", 3))
-    job = SampleJob(IDENTITY[:3], table, 2.0, SeededNoise(0))
+    identity = IDENTITY[:3].copy()
+    identity[1] = 0.0
+    job = SampleJob(identity, table, 2.0, SeededNoise(0))
     engine = RecordingEngine()
 
     def fail_once(j: int) -> None:
-        # UNet row 4 is the null row of sample 1.
-        flags = np.ones(6, dtype=np.float32)
+        # Sample 1 is unconditional: UNet row 4 is the null row of sample 2.
+        flags = np.ones(5, dtype=np.float32)
         flags[4] = float(j != 0)
         engine.bad = flags
 
     found = run_trajectory(engine, job, [0, 1, 2], fail_once)
-    assert found.failed.tolist() == [False, True, False]
+    assert found.failed.tolist() == [False, False, True]
     engine.bad = None
     assert not run_trajectory(engine, job, [0, 1, 2]).failed.any()
 

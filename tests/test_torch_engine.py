@@ -81,6 +81,22 @@ def test_no_noise_is_zero_noise(engine: TorchEngine) -> None:
     assert np.abs(ends[0] - ends[2]).max() > 0.01
 
 
+def test_tf32_is_off_while_a_row_runs_and_only_then() -> None:
+    """Convolutions would take it on a GPU; the setting is there without one."""
+    seen: list[bool] = []
+    network = tiny_network(SPEC)
+    network.register_forward_hook(
+        lambda *_: seen.append(torch.backends.cudnn.allow_tf32)
+    )
+    before = torch.backends.cudnn.allow_tf32
+    with TorchEngine(network, SHAPES) as engine:
+        engine.begin(X_T, GUIDANCE)
+        engine.run_row(STEP, None)
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 GUIDANCE = guidance_table(IDENTITY[:2], 2.0)
 X_T = SeededNoise(0).start([0, 1], SHAPES.picture)
 STEP = np.zeros((2, STEP_WIDTH), dtype=np.float32)

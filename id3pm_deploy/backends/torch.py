@@ -72,7 +72,9 @@ class TorchEngine(Engine):
     @torch.inference_mode()
     def _run(self, step: Float32, noise: Float32 | None) -> Float32:
         drawn = self._zero_noise if noise is None else self._tensor(noise)
-        out = self._module(self._state, drawn, *self._constant, self._tensor(step))
+        # cuDNN's convolutions take TF32 unless told; matrix products do not.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            out = self._module(self._state, drawn, *self._constant, self._tensor(step))
         self._state, self._x0 = out.state, out.x0
         finite: Float32 = out.finite.cpu().numpy()
         return finite

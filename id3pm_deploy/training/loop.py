@@ -244,7 +244,7 @@ def _average_gradients(network: torch.nn.Module, processes: int) -> None:
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     torch.distributed.all_reduce(flat)
-    parts = (flat / processes).split([gradient.numel() for gradient in gradients])
+    parts = torch.split(flat / processes, [g.numel() for g in gradients])
     for gradient, mean in zip(gradients, parts, strict=True):
         gradient.copy_(mean.view_as(gradient))
 

@@ -1,0 +1,168 @@
+"""The exported graphs: valid, dynamic, and the same function as PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from models import tiny_network, tiny_spec
+
+from id3pm_deploy.backends.onnxruntime import make_session
+from id3pm_deploy.builders.build import build_engine, export_bundle, export_unet
+from id3pm_deploy.builders.onnx import ExportRecipe, export_graph, step_inputs
+from id3pm_deploy.bundle import open_bundle
+from id3pm_deploy.compare import compare
+from id3pm_deploy.errors import BuildError, InputError, ParityError, RecipeError
+from id3pm_deploy.recipes import load_recipe, recipe_names
+from id3pm_deploy.reference.checkpoint import load_checkpoint
+from id3pm_deploy.reference.step import step_module
+from id3pm_deploy.reference.unet import IdentityUNet
+
+UNTRACED = [(1, 1), (1, 2), (3, 3), (4, 8), (7, 5)]
+
+# No recipe may loosen itself past these.
+CEILINGS = {"float32": (1e-5, 1e-4), "float16": (1e-2, 5e-2)}
+
+
+def _graph_bytes(bundle: Path, kind: str, precision: str) -> bytes:
+    opened = open_bundle(bundle)
+    graph = opened.graph(kind, precision)
+    assert graph is not None
+    return opened.read(graph.file)
+
+
+def test_recipes_stay_under_the_ceilings() -> None:
+    assert {"float16", "float32"} <= set(recipe_names("export"))
+    for name in recipe_names("export"):
+        recipe = load_recipe("export", name, ExportRecipe)
+        step, trajectory = CEILINGS[recipe.precision]
+        assert recipe.tolerance_step <= step
+        assert recipe.tolerance_trajectory <= trajectory
+
+
+@pytest.mark.parametrize("size", UNTRACED)
+def test_float32_graph_at_sizes_that_were_not_traced(
+    tiny_bundle: Path, tiny_checkpoint: Path, size: tuple[int, int]
+) -> None:
+    loaded = load_checkpoint(tiny_checkpoint)
+    inputs = step_inputs(loaded.spec, *size, seed=99)
+    session = make_session(_graph_bytes(tiny_bundle, "step", "float32"), 1)
+    made = session.run(None, inputs)
+    module = step_module(loaded.network, "float32")
+    with torch.inference_mode():
+        wanted = module(*(torch.from_numpy(v) for v in inputs.values()))
+    for actual, expected in zip(made, wanted, strict=True):
+        assert compare(actual, expected.numpy()).passes(1e-5)
+
+
+def test_graph_has_the_documented_interface(tiny_bundle: Path) -> None:
+    proto = onnx.load_from_string(_graph_bytes(tiny_bundle, "step", "float32"))
+    onnx.checker.check_model(proto, full_check=True)
+    assert proto.opset_import[0].version == 20
+
+    def shape(value: Any) -> list[Any]:
+        return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+    assert {v.name: shape(v) for v in proto.graph.input} == {
+        "state": [4, "B", 3, 16, 16],
+        "noise": ["B", 3, 16, 16],
+        "identity": ["R", 16],
+        "row": ["R"],
+        "mix": [2, "B", "R"],
+        "step": ["B", 31],
+    }
+    assert [v.name for v in proto.graph.output] == ["state_next", "x0", "finite"]
+    assert not any(node.metadata_props for node in proto.graph.node)
+
+
+def test_float16_graph_is_typed_half_and_smaller(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle = export_bundle(tiny_checkpoint, "float16", tmp_path / "b")
+    proto = onnx.load_from_string(bundle.read(bundle.manifest.graphs[0].file))
+    kinds = {t.name: t.data_type for t in proto.graph.initializer}
+    convolutions = [
+        kinds[node.input[1]]
+        for node in proto.graph.node
+        if node.op_type == "Conv" and node.input[1] in kinds
+    ]
+    half = convolutions.count(onnx.TensorProto.FLOAT16)
+    assert half == len(convolutions) - 1, "all but the output head"
+    assert 0 < bundle.manifest.graphs[0].max_relative_error <= 1e-2
+    again = export_bundle(tiny_checkpoint, "float32", tmp_path / "b")
+    assert {g.precision for g in again.manifest.graphs} == {"float16", "float32"}
+    sizes = {
+        g.precision: again.manifest.file_entry(g.file).size
+        for g in again.manifest.graphs
+    }
+    assert sizes["float16"] < 0.7 * sizes["float32"]
+
+
+def test_bare_unet_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = export_unet(tiny_checkpoint, "float32", tmp_path / "b")
+    graph = bundle.manifest.graphs[0]
+    assert (graph.kind, graph.precision) == ("unet", "float32")
+    session = make_session(bundle.read(graph.file), 1)
+    loaded = load_checkpoint(tiny_checkpoint)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 3, 16, 16)).astype(np.float32)
+    t = np.array([0, 3, 500, 998.5, 999], np.float32)
+    identity = rng.normal(size=(5, 16)).astype(np.float32)
+    made = session.run(None, {"x": x, "timestep": t, "identity": identity})[0]
+    with torch.inference_mode():
+        wanted = loaded.network(*map(torch.from_numpy, (x, t, identity)))
+    assert made.shape == (5, 6, 16, 16)
+    assert compare(made, wanted.numpy()).passes(1e-5)
+    with pytest.raises(BuildError, match="no step graph"):
+        build_engine(bundle.folder, "cpu", None)
+
+
+@pytest.mark.parametrize("mode", [{"num_heads": 2}, {"num_head_channels": 16}])
+def test_both_head_modes_and_fixed_variance_export(mode: dict[str, int]) -> None:
+    spec = tiny_spec(**mode, prediction_type="epsilon")
+    recipe = ExportRecipe("test")
+    exported = export_graph(tiny_network(spec), spec, recipe)
+    assert 0 < exported.worst_error <= recipe.tolerance_step
+    assert exported.nodes > 100
+
+
+def test_a_graph_that_differs_is_not_kept(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = IdentityUNet.embed
+
+    def other_when_exporting(self: IdentityUNet, t: Any, identity: Any) -> Any:
+        out = original(self, t, identity)
+        return out * 1.01 if torch.compiler.is_compiling() else out
+
+    monkeypatch.setattr(IdentityUNet, "embed", other_when_exporting)
+    with pytest.raises(ParityError, match="differs from PyTorch"):
+        export_bundle(tiny_checkpoint, "float32", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_bad_recipes_and_sources(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no recipe 'float99'"):
+        export_bundle(tiny_checkpoint, "float99", tmp_path / "b")
+    mine = tmp_path / "mine.toml"
+    mine.write_text('summary = "x"\nopset = 9\n')
+    with pytest.raises(RecipeError, match="opset must be"):
+        export_bundle(tiny_checkpoint, str(mine), tmp_path / "b")
+    with pytest.raises(RecipeError, match="no recipe 'moon'"):
+        build_engine(tiny_checkpoint, "moon", tmp_path / "b")
+    with pytest.raises(InputError, match="neither a CHECKPOINT nor a BUNDLE"):
+        build_engine(tmp_path, "cpu", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_building_twice_keeps_one_engine_and_one_graph(bundle_copy: Path) -> None:
+    built = build_engine(bundle_copy, "cpu", None)
+    assert len(built.bundle.manifest.engines) == 1
+    assert len(built.bundle.manifest.graphs) == 1
+    built.bundle.verify()
+    with pytest.raises(InputError, match="built in place"):
+        build_engine(bundle_copy, "cpu", bundle_copy.parent / "other")

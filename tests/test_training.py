@@ -1,0 +1,293 @@
+"""Training: it learns, resumes exactly, drops conditions, and leaves nothing broken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+
+from id3pm_deploy.errors import InputError, TrainingError
+from id3pm_deploy.identity.embedders import Embedder
+from id3pm_deploy.reference.checkpoint import load_checkpoint
+from id3pm_deploy.training import loop
+from id3pm_deploy.training.config import TrainingConfig
+from id3pm_deploy.training.faces import TrainingFaces, load_faces, picture_paths
+from id3pm_deploy.training.loop import Batches, diffusion_loss, train, work_folder
+from id3pm_deploy.training.state import Ema
+
+SMALL = TrainingConfig(
+    image_size=16,
+    base_channels=32,
+    channel_multipliers=(1, 1),
+    residual_blocks=1,
+    attention_resolutions=(),
+    steps=6,
+    batch_size=4,
+    warmup_steps=2,
+    save_every=3,
+    sheet_every=100,
+    ema_decay=0.9,
+)
+
+
+class MeanColour(Embedder):
+    """An FR model for tests: eight numbers that tell the invented people apart."""
+
+    name = "mean colour"
+    sha256 = "ab" * 32
+
+    @property
+    def dim(self) -> int:
+        return 8
+
+    def _forward(self, aligned: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        means = aligned.astype(np.float64).mean(axis=(1, 2)) / 255
+        return np.concatenate([means, means**2, means[:, :2] + 0.1], axis=1)
+
+
+def _faces(count: int = 8, folders: int = 1) -> TrainingFaces:
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (count, 1, 1, 3), dtype=np.uint8)
+    pictures = np.broadcast_to(colours, (count, 16, 16, 3))
+    both = np.stack([pictures, pictures[:, :, ::-1]], axis=1).copy()
+    vectors = np.repeat(rng.normal(size=(count, 1, 1, 8)), 2, axis=1)
+    which = np.arange(count) % folders
+    return TrainingFaces(both, vectors.astype(np.float32), which, skipped=0)
+
+
+@pytest.fixture
+def fake_faces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder, and a loader that invents its faces."""
+    monkeypatch.setattr(loop, "load_faces", lambda *_, **__: _faces())
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    return folder
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(checkpoint).network.state_dict()
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(
+    fake_faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fr, parts = MeanColour(), tmp_path / "parts"
+    train([fake_faces], tmp_path / "whole", SMALL, fr)
+    one_step = loop.Trainer.train_step
+
+    def interrupted(self: loop.Trainer, *batch: torch.Tensor) -> float:
+        if self.step == 4:
+            raise KeyboardInterrupt
+        return one_step(self, *batch)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train([fake_faces], parts, SMALL, fr)
+    middle = _weights(parts)
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "load_faces", lambda *_, **__: _faces())
+    assert train([fake_faces], parts, SMALL, fr, resume=True).steps == 6
+    whole, resumed = _weights(tmp_path / "whole"), _weights(parts)
+    assert any(not torch.equal(middle[name], whole[name]) for name in whole)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_what_a_run_leaves(fake_faces: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train([fake_faces], out, SMALL, MeanColour())
+    assert {p.name for p in out.iterdir()} == {"config.json", "model.safetensors"}
+    work = work_folder(out)
+    assert stat.S_IMODE(work.stat().st_mode) == 0o700
+    log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [3, 6]
+    assert (work / "sheet-0000006.png").is_file()
+    assert not list(work.glob("*.tmp"))
+    spec = load_checkpoint(out).spec
+    assert spec.identity.model_name == "mean colour"
+    assert spec.identity.model_sha256 == "ab" * 32
+    assert spec.prediction_type == "v"
+    assert spec.origin["faces"] == 8
+
+
+def test_two_processes_train_like_one_batch(fake_faces: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMALL, processes=2, steps=3)
+    result = train([fake_faces], tmp_path / "two", settings, MeanColour(), threads=1)
+    assert result.steps == 3
+    assert np.isfinite(result.loss)
+    assert _weights(tmp_path / "two")
+
+
+def test_used_folders_and_other_settings_are_refused(
+    fake_faces: Path, tmp_path: Path
+) -> None:
+    fr, out = MeanColour(), tmp_path / "run"
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        train([fake_faces], out, SMALL, fr, resume=True)
+    train([fake_faces], out, SMALL, fr)
+    before = _weights(out)
+    with pytest.raises(InputError, match="already holds"):
+        train([fake_faces], out, SMALL, fr)
+    other = dataclasses.replace(SMALL, learning_rate=1e-3)
+    with pytest.raises(InputError, match="other settings: learning_rate"):
+        train([fake_faces], out, other, fr, resume=True)
+    for name, tensor in _weights(out).items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_damaged_state_is_named(fake_faces: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train([fake_faces], out, SMALL, MeanColour())
+    state = work_folder(out) / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match="cannot resume"):
+        train([fake_faces], out, SMALL, MeanColour(), resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    fake_faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        loop, "diffusion_loss", lambda n, x, *_: (n(x, x[:, 0, 0, 0], _[0]) / 0).mean()
+    )
+    with pytest.raises(TrainingError, match="loss is"):
+        train([fake_faces], tmp_path / "run", SMALL, MeanColour())
+
+
+def test_batches_follow_seed_step_shares_and_dropout() -> None:
+    faces = _faces(8, folders=2)
+    config = dataclasses.replace(
+        SMALL, batch_size=64, condition_dropout=0.5, shares=(1.0, 0.0)
+    )
+    batches = Batches(faces, config)
+    x, identity = batches.at(7)
+    again, same = batches.at(7)
+    assert torch.equal(x, again)
+    assert torch.equal(identity, same)
+    assert not torch.equal(x, batches.at(8)[0])
+    assert x.shape == (64, 3, 16, 16)
+    assert x.min() >= -1
+    assert x.max() <= 1
+    dropped = (identity == 0).all(dim=1)
+    assert 0.25 < dropped.float().mean() < 0.75
+    kept = identity[~dropped]
+    assert torch.allclose(kept.norm(dim=1), torch.tensor(8.0).sqrt(), atol=1e-5)
+    allowed = {tuple(p[0, 0, 0].tolist()) for p in faces.pictures[faces.folders == 0]}
+    seen = ((x[:, :, 0, 0] + 1) * 127.5).round().int()
+    assert {tuple(row.tolist()) for row in seen} <= allowed
+
+
+def test_identity_noise_keeps_the_norm_and_the_direction() -> None:
+    faces = _faces(4)
+    plain = Batches(faces, dataclasses.replace(SMALL, condition_dropout=0.0))
+    noisy = Batches(
+        faces, dataclasses.replace(SMALL, condition_dropout=0.0, identity_noise=0.3)
+    )
+    a, b = plain.at(0)[1], noisy.at(0)[1]
+    assert not torch.equal(a, b)
+    assert torch.allclose(a.norm(dim=1), b.norm(dim=1), atol=1e-4)
+    assert torch.nn.functional.cosine_similarity(a, b).min() > 0.6
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v", "x0"])
+def test_the_right_answer_has_no_loss(kind: str) -> None:
+    torch.manual_seed(0)
+    alphas = torch.linspace(0.99, 0.05, 10)
+    x0 = torch.rand(5, 3, 4, 4) * 2 - 1
+
+    def oracle(x: torch.Tensor, t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        a = alphas[t.long()].view(-1, 1, 1, 1)
+        noise = (x - a.sqrt() * x0) / (1 - a).sqrt()
+        v = a.sqrt() * noise - (1 - a).sqrt() * x0
+        return {"epsilon": noise, "v": v, "x0": x0}[kind]
+
+    right = diffusion_loss(oracle, x0, torch.zeros(5, 2), alphas, kind)
+    assert right < 1e-9
+    wrong = diffusion_loss(
+        lambda *args: oracle(*args) + 1, x0, torch.zeros(5, 2), alphas, kind
+    )
+    assert wrong == pytest.approx(1.0, rel=1e-3)
+
+
+def test_ema_and_learning_rate() -> None:
+    network = torch.nn.Linear(1, 1, bias=False)
+    ema = Ema(network)
+    before = network.weight.detach().clone()
+    with torch.no_grad():
+        network.weight += 1.0
+    ema.update(network, 0.75)
+    assert torch.allclose(ema.tensors["weight"], before + 0.25)
+    config = TrainingConfig(steps=1000, warmup_steps=100, ema_decay=0.999)
+    assert config.ema_decay_at(0) == 0.1
+    assert config.ema_decay_at(10**6) == 0.999
+    assert config.learning_rate_at(0) == pytest.approx(5e-6)
+    assert config.learning_rate_at(300) == 5e-4
+    assert config.learning_rate_at(1000) == pytest.approx(5e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"condition_dropout": 1.0},
+        {"identity_noise": -1.0},
+        {"processes": 3},
+        {"learning_rate": 0.0},
+        {"seed": -1},
+    ],
+)
+def test_settings_out_of_range(change: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_shares_must_fit_the_folders() -> None:
+    with pytest.raises(InputError, match="need 2 shares"):
+        Batches(_faces(4, folders=2), dataclasses.replace(SMALL, shares=(1.0,)))
+
+
+def test_folders_without_faces(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no folder"):
+        picture_paths(tmp_path / "absent")
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(InputError, match="no pictures"):
+        picture_paths(tmp_path)
+    grey = np.full((64, 64, 3), 127, np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    with pytest.raises(InputError, match="no picture has exactly one usable face"):
+        load_faces([tmp_path], MeanColour(), size=16, margin=1.0, jitter=1)
+
+
+def test_the_face_cache_is_private_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from id3pm_deploy.training import faces as module
+
+    folder, cache = tmp_path / "faces", tmp_path / "cache.npz"
+    folder.mkdir()
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / "one.png")
+    calls = []
+
+    def one_face(*_: Any) -> Any:
+        calls.append(1)
+        return np.zeros((2, 16, 16, 3), np.uint8), np.ones((2, 1, 8), np.float32)
+
+    monkeypatch.setattr(module, "_one_face", one_face)
+    for _ in range(2):
+        found = load_faces(
+            [folder], MeanColour(), size=16, margin=1.0, jitter=1, cache=cache
+        )
+    assert len(found) == 1
+    assert calls == [1]
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o600
+    cache.write_bytes(b"damaged")
+    load_faces([folder], MeanColour(), size=16, margin=1.0, jitter=1, cache=cache)
+    assert calls == [1, 1]
