@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import secrets
 import shutil
@@ -174,13 +175,13 @@ def check_output(out: Path, *, force: bool) -> None:
         raise InputError(
             f"{out} is not empty", fix="choose another --out, or give --force"
         )
-    made = make_folder(out.parent)
-    probe = made / f".{out.name}.{secrets.token_hex(4)}.probe"
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise output_error(out, error) from error
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"cannot write {out}",
+            why=f"{there} is not a folder you may write to",
+            fix="choose another --out",
+        )
 
 
 def save_pictures(

@@ -120,6 +120,54 @@ def test_sample_from_a_checkpoint_with_torch(
         assert a.std() > 5
 
 
+_DEVICE_ONLY = """
+import sys
+
+class Refuse:
+    names = {"torch", "diffusers", "onnx", "onnxscript", "polygraphy", "cv2",
+             "safetensors", "accelerate"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ImportError(f"{name} is not on this device")
+
+sys.meta_path.insert(0, Refuse())
+from id3pm_deploy.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_device_install_samples_and_inspects(
+    tiny_bundle: Path, identity: Path, tmp_path: Path
+) -> None:
+    """Without torch, onnx, diffusers and OpenCV, as on an embedded machine."""
+    out = tmp_path / "out"
+    common = ["--identity", str(identity), "--steps", "2", "--out", str(out)]
+    for arguments in (
+        ["sample", str(tiny_bundle), *common],
+        ["inspect", str(tiny_bundle), "--self-test"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", _DEVICE_ONLY, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert len(list(out.glob("sample-*.png"))) == 8
+    refused_here = subprocess.run(
+        [sys.executable, "-c", _DEVICE_ONLY, "export", str(tiny_bundle)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert refused_here.returncode == 1
+    assert "id3pm-deploy[export]" in refused_here.stderr
+    assert "Traceback" not in refused_here.stderr
+
+
 def test_unconditional_and_zero_vectors(tiny_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ok("sample", tiny_bundle, "--unconditional", "--steps", "2", "--out", out)
@@ -170,10 +218,9 @@ def test_bad_options_write_nothing(
     message: str,
 ) -> None:
     out = tmp_path / "deep" / "out"
-    refused(
-        message, "sample", tiny_bundle, "--identity", identity, "--out", out, *arguments
-    )
-    assert not out.exists()
+    common = ["sample", tiny_bundle, "--identity", identity, "--out", out]
+    refused(message, *common, *arguments)
+    assert not out.parent.exists()
 
 
 def test_vectors_of_another_model_are_refused(

@@ -1,0 +1,49 @@
+"""A real TensorRT-RTX plan from a checkpoint, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from id3pm_deploy.bundle import open_bundle
+from id3pm_deploy.cli import main
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="needs tensorrt_rtx (x86-64 Linux)",
+)
+
+
+@pytest.mark.slow
+def test_build_engine_for_rtx(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    arguments = ["build-engine", str(tiny_checkpoint), "--target", "rtx"]
+    result = CliRunner().invoke(main, [*arguments, "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.stderr
+    entry = json.loads(result.stdout)
+    assert entry["flavour"] == "tensorrt_rtx"
+    assert entry["precision"] == "float16"
+    assert entry["self_test_error"] is None, "a plan cannot be run without its GPU"
+    assert entry["peak_memory_bytes"] > 1 << 20
+    convolutions = entry["layer_types"]["multiply_accumulates"]["CONVOLUTION"]
+    assert convolutions["HALF"] > 0.9 * sum(convolutions.values())
+    bundle = open_bundle(out)
+    bundle.verify()
+    assert bundle.manifest.file_entry(entry["file"]).size > 100_000
+    # A second engine joins the same bundle; the first stays.
+    result = CliRunner().invoke(
+        main, ["build-engine", str(tiny_checkpoint), "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert {e.target for e in open_bundle(out).manifest.engines} == {"rtx", "cpu"}
+    pictures = ["--out", str(tmp_path / "pictures")]
+    refused = CliRunner().invoke(
+        main,
+        ["sample", str(out), "--unconditional", "--backend", "tensorrt", *pictures],
+    )
+    assert refused.exit_code == 1
+    assert "no runtime for them yet" in refused.stderr
