@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,10 @@ import numpy as np
 from . import __version__
 from .builders.build import build_engine
 from .errors import InputError, MissingPackageError
-from .files import make_folder
+from .files import make_folder, write_json
 from .generate import (
     Pictures,
     SampleSettings,
-    check_output,
     conditions,
     make_pictures,
     save_pictures,
@@ -37,6 +37,8 @@ _PERSON = "P001/assets/studio_portrait.jpg"
 _PHOTO_SIZE = 128
 _PHOTO_MARGIN = 1.15
 _PARITY_PICTURES = 3
+_MARKER = "demo.json"
+_FOLDERS = ("bundle", "pictures", "parity")
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,16 @@ def run_demo(
     checkpoint: Path | None = None,
     target: str = "cpu",
     settings: SampleSettings | None = None,
-    force: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> DemoResult:
     """Photo to identity to engine to pictures to parity page, under ``out``.
 
     Args:
-        out: Folder for everything.
+        out: Folder for everything; an earlier demo in it is replaced.
         photo: Photo of one person; None: a synthetic person's.
         checkpoint: None: the shipped one.
         target: Recipe in ``engines/`` that runs on this machine.
         settings: How to sample; None: defaults.
-        force: Replace an earlier demo in ``out``.
         say: Called with a line for each stage.
 
     Raises:
@@ -96,16 +96,13 @@ def run_demo(
     source = photo or synthetic_photo()
     source_checkpoint = checkpoint or shipped_checkpoint()
     settings = settings or SampleSettings(count=6)
-    if out.exists() and not force and any(out.iterdir()):
-        raise InputError(f"{out} is not empty", fix="give another --out, or --force")
-    make_folder(out)
-    check_output(out / "pictures", force=force)
+    _claim(out)
     say("1/4  photo to identity vector")
     file = _embed(source, out / "identity.npz")
     say("2/4  checkpoint to engine")
     built = build_engine(source_checkpoint, target, out / "bundle")
     say("3/4  identity vector to pictures")
-    made = _sample(built.bundle.folder, settings, file, out / "pictures", force)
+    made = _sample(built.bundle.folder, settings, file, out / "pictures")
     _save_overview(out / "overview.png", source, made)
     say("4/4  engine against PyTorch")
     passed = _compare(built.bundle.folder, source_checkpoint, settings, out)
@@ -119,6 +116,20 @@ def run_demo(
     )
 
 
+def _claim(out: Path) -> None:
+    """Make ``out`` a demo's folder, unless something else lies in it."""
+    earlier = (out / _MARKER).is_file()
+    if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            f"{out} holds something else than an earlier demo",
+            fix="give another --out",
+        )
+    make_folder(out)
+    for name in _FOLDERS:
+        shutil.rmtree(out / name, ignore_errors=True)
+    write_json(out / _MARKER, {"format": "id3pm-demo", "tool_version": __version__})
+
+
 def _embed(photo: Path, out: Path) -> IdentityFile:
     with progress(1, "embedding") as tick:
         file = embed_photos([photo], load_embedder("sface"), FaceDetector())
@@ -128,7 +139,7 @@ def _embed(photo: Path, out: Path) -> IdentityFile:
 
 
 def _sample(
-    bundle: Path, settings: SampleSettings, file: IdentityFile, out: Path, force: bool
+    bundle: Path, settings: SampleSettings, file: IdentityFile, out: Path
 ) -> Pictures:
     model = open_model(bundle)
     wanted = conditions(model.spec, file, settings.count)

@@ -107,6 +107,15 @@ def test_demo_from_photo_to_parity_page(tmp_path: Path) -> None:
     assert own > max(mean_similarity(vector) for vector in strangers)
 
 
+def test_the_demo_does_not_touch_a_folder_of_yours(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "mine.txt").write_text("keep me")
+    result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "something else than an earlier demo" in result.stderr
+    assert (tmp_path / "pictures" / "mine.txt").read_text() == "keep me"
+
+
 @pytest.mark.slow
 def test_training_from_real_photos(tmp_path: Path) -> None:
     root = _people()

@@ -15,20 +15,18 @@ from .options import PATH, option
 @option("--out", default="demo-out", type=PATH, help="Folder for everything.")
 @click.option("--photo", type=PATH, help="[default: a synthetic person's]")
 @click.option("--checkpoint", type=PATH, help="[default: the shipped one]")
-@option("--force/--no-force", default=True, help="Replace an earlier demo.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     out: Path,
     photo: Path | None,
     checkpoint: Path | None,
-    force: bool,
     as_json: bool,
 ) -> None:
     """Photo to identity vector to engine to pictures to parity page.
 
     Runs on the CPU with the shipped checkpoint and the photo of a person who does not
-    exist. Opens nothing; prints where to look. With --photo, overview.png shows that
-    photo's face: treat the folder as personal data.
+    exist. Replaces an earlier demo in OUT, opens nothing and prints where to look. With
+    --photo, overview.png shows that photo's face: treat OUT as personal data.
     """
     from dataclasses import asdict
 
@@ -42,7 +40,6 @@ def command(
         out,
         photo=photo,
         checkpoint=checkpoint,
-        force=force,
         say=lambda line: click.echo(line, err=as_json),
     )
     if as_json:

@@ -339,7 +339,8 @@ def _check_start(out: Path, config: TrainingConfig, *, resume: bool) -> None:
         )
     if resume and (work / SETTINGS_NAME).exists():
         kept = json.loads((work / SETTINGS_NAME).read_text())
-        free = {"steps", "save_every", "sheet_every", "compile", "device", "processes"}
+        free = {"steps", "shares", "save_every", "sheet_every"}
+        free |= {"compile", "device", "processes"}
         now = json.loads(json.dumps(asdict(config)))
         changed = sorted(k for k in kept if k not in free and kept[k] != now.get(k))
         if changed:
