@@ -10,7 +10,10 @@ and the ceiling: the photos themselves, reduced to the model's resolution.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +21,9 @@ from typing import Any
 
 import click
 import numpy as np
-from PIL import Image
 
 from id3pm_deploy import __version__
-from id3pm_deploy.commands.options import (
-    DEFAULT_GUIDANCE,
-    DEFAULT_SOLVER,
-    DEFAULT_STEPS,
-)
+from id3pm_deploy.defaults import GUIDANCE, SOLVER, STEPS
 from id3pm_deploy.errors import FaceError
 from id3pm_deploy.files import write_json
 from id3pm_deploy.generate import SampleSettings, conditions, make_pictures
@@ -117,8 +115,26 @@ def embed_or_nan(
 
 def reduced(rgb: Array, size: int, margin: float, detector: FaceDetector) -> Array:
     """A photo as the model could show it at best: aligned, at its resolution."""
-    points = detector.find_face(rgb, largest=True).points
-    return np.asarray(Image.fromarray(align(rgb, points, size, margin)))
+    return align(rgb, detector.find_face(rgb, largest=True).points, size, margin)
+
+
+def machine_facts() -> dict[str, Any]:
+    """Processor, cores and versions of what took part."""
+    names = ("numpy", "onnxruntime", "opencv-python-headless", "torch", "diffusers")
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = [x.split(":", 1)[1].strip() for x in lines if "model name" in x]
+        processor = found[0] if found else processor
+    facts: dict[str, Any] = {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            facts[name] = importlib.metadata.version(name)
+    return facts
 
 
 @click.command()
@@ -128,9 +144,9 @@ def reduced(rgb: Array, size: int, margin: float, detector: FaceDetector) -> Arr
 @click.option("--judge", required=True, help="The second FR model.")
 @click.option("--count", default=4, help="Pictures a person.")
 @click.option("--limit", default=0, help="Use that many people, evenly spread.")
-@click.option("--solver", default=DEFAULT_SOLVER)
-@click.option("--steps", default=DEFAULT_STEPS)
-@click.option("--guidance", default=DEFAULT_GUIDANCE)
+@click.option("--solver", default=SOLVER)
+@click.option("--steps", default=STEPS)
+@click.option("--guidance", default=GUIDANCE)
 @click.option("--seed", default=0)
 @click.option("--margin", default=1.15, help="The training's crop margin.")
 @click.option("--threads", default=0)
@@ -206,7 +222,9 @@ def main(
         "judge": second.name,
         "judge_sha256": second.sha256,
         "engine": f"{info.backend} {info.version} {info.precision}",
-        "machine": platform.machine(),
+        "count": count,
+        "margin": margin,
+        "machine": machine_facts(),
         "chance": {"auc": 0.5, "rank1": round(1 / len(photos), 4)},
         **found,
     }

@@ -1,7 +1,6 @@
 """The artefact: a folder with graphs, engines, golden data and a manifest.
 
-Files are named after their content and complete before the manifest is replaced, so
-an interrupted write leaves the bundle as it was. Sizes and hashes are checked before
+This is how it is read; ``bundle_writer`` makes it. Sizes and hashes are checked before
 anything is parsed. There is no pickle anywhere.
 """
 
@@ -13,20 +12,20 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, RecipeError
-from .files import make_folder, sha256_of_file, write_bytes, write_json
+from .files import sha256_of_file
 from .recipes import dataclass_from_mapping
 from .spec import DiffusionSpec
 
 FORMAT = "id3pm-bundle"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-_LOCK_NAME = ".lock"
 _MAX_MANIFEST_BYTES = 4 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
 
@@ -65,7 +64,8 @@ class EngineEntry:
     """An engine: how a graph is run on one kind of machine.
 
     ``file`` is the compiled plan, or the graph itself where the runtime compiles when
-    it loads (ONNX Runtime). ``compute_capabilities`` are those a portable plan targets.
+    it loads (ONNX Runtime). ``compute_capabilities`` are those a portable plan targets;
+    ``warnings`` is what the library that built it warned of.
     """
 
     target: str
@@ -82,6 +82,7 @@ class EngineEntry:
     peak_memory_bytes: int = 0
     self_test_error: float | None = None
     threads: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,9 @@ class Bundle:
         """
         entry = self.manifest.file_entry(name)
         path = self.folder / name
-        _check_plain_file(path, entry)
-        try:
+        with _reading(path):
+            _check_plain_file(path, entry)
             data = path.read_bytes()
-        except OSError as error:
-            raise BundleError(
-                f"cannot read {path}", why=error.strerror or str(error)
-            ) from error
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise _changed(path)
         return data
@@ -145,13 +142,15 @@ class Bundle:
         """Check size and hash of every listed file.
 
         Raises:
-            BundleError: The first file that is missing or has changed.
+            BundleError: The first file that is missing, unreadable or has changed.
         """
         for name in self.manifest.files:
             entry = self.manifest.file_entry(name)
             path = self.folder / name
-            _check_plain_file(path, entry)
-            if sha256_of_file(path) != entry.sha256:
+            with _reading(path):
+                _check_plain_file(path, entry)
+                digest = sha256_of_file(path)
+            if digest != entry.sha256:
                 raise _changed(path)
 
     def graph(self, kind: str, precision: str) -> GraphEntry | None:
@@ -160,29 +159,6 @@ class Bundle:
             if (entry.kind, entry.precision) == (kind, precision):
                 return entry
         return None
-
-    def engine(
-        self, target: str | None = None, backend: str | None = None
-    ) -> EngineEntry:
-        """The engine of that target or backend; the only one if neither is given.
-
-        Raises:
-            BundleError: No such engine; the message lists those there are.
-        """
-        found = [
-            entry
-            for entry in self.manifest.engines
-            if target in (None, entry.target) and backend in (None, entry.backend)
-        ]
-        if found:
-            return found[0]
-        there = ", ".join(e.target for e in self.manifest.engines) or "none"
-        wanted = target or backend or "any"
-        raise BundleError(
-            f"{self.folder} holds no engine for {wanted}",
-            why=f"engines in it: {there}",
-            fix=f"id3pm-deploy build-engine {self.folder} --target {target or 'cpu'}",
-        )
 
 
 def _changed(path: Path) -> BundleError:
@@ -193,19 +169,32 @@ def _changed(path: Path) -> BundleError:
     )
 
 
-def _check_plain_file(path: Path, entry: FileEntry) -> None:
-    if path.is_symlink() or not path.is_file():
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a BundleError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
         raise BundleError(
-            f"{path} is missing or not a plain file",
-            fix="copy the whole bundle again",
+            f"{path} is missing or cannot be read",
+            why=error.strerror or str(error),
+            fix="copy the whole bundle again, or change the permissions",
+        ) from error
+
+
+def _check_plain_file(path: Path, entry: FileEntry) -> None:
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(
+            f"{path} is not a plain file", fix="copy the whole bundle again"
         )
-    if path.stat().st_size != entry.size:
+    if status.st_size != entry.size:
         raise _changed(path)
 
 
 def is_bundle(folder: Path) -> bool:
     """Whether ``folder`` has a manifest (nothing is verified)."""
-    return (folder / MANIFEST_NAME).is_file()
+    return os.path.isfile(folder / MANIFEST_NAME)
 
 
 def open_bundle(folder: Path) -> Bundle:
@@ -245,12 +234,18 @@ def _manifest_from_json(values: Any, where: str) -> Manifest:
         manifest = dataclass_from_mapping(Manifest, rest, where)
     except RecipeError as error:
         raise BundleError(error.what, why=error.why, fix=error.fix) from error
-    _check_names(manifest, where)
+    check_names(manifest, where)
     return manifest
 
 
-def _check_names(manifest: Manifest, where: str) -> None:
-    used = _used_files(manifest)
+def check_names(manifest: Manifest, where: str) -> None:
+    """Raise :class:`BundleError` unless names are plain and all that is used is listed.
+
+    Args:
+        manifest: What to look at.
+        where: How the message calls it.
+    """
+    used = used_files(manifest)
     for name in [*manifest.files, *used]:
         if not _NAME.fullmatch(name) or name == MANIFEST_NAME:
             raise BundleError(
@@ -262,98 +257,7 @@ def _check_names(manifest: Manifest, where: str) -> None:
         manifest.file_entry(name)
 
 
-def _used_files(manifest: Manifest) -> set[str]:
+def used_files(manifest: Manifest) -> set[str]:
+    """Names of the files that graphs and engines need."""
     names = {name for g in manifest.graphs for name in (g.file, g.golden)}
     return names | {name for e in manifest.engines for name in (e.file, e.graph)}
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the bundle's lock file; writers wait for each other."""
-    import fcntl
-
-    with open(folder / _LOCK_NAME, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-@dataclass
-class BundleWriter:
-    """Collects new files, then replaces the manifest once.
-
-    Args:
-        folder: The bundle's folder; created if needed.
-        manifest: What stands in it, or an empty one for a new bundle.
-    """
-
-    folder: Path
-    manifest: Manifest
-
-    def add_file(self, prefix: str, suffix: str, data: bytes) -> str:
-        """Write ``data`` under a name made of its SHA-256; returns the name."""
-        digest = hashlib.sha256(data).hexdigest()
-        name = f"{prefix}-{digest[:12]}{suffix}"
-        make_folder(self.folder)
-        path = self.folder / name
-        if not path.is_file() or path.stat().st_size != len(data):
-            write_bytes(path, data)
-        entry = {"size": len(data), "sha256": digest}
-        files = {**self.manifest.files, name: entry}
-        self.manifest = dataclasses.replace(self.manifest, files=files)
-        return name
-
-    def add_graph(self, entry: GraphEntry) -> None:
-        """List a graph, replacing the one of the same kind and precision."""
-        kept = tuple(
-            graph
-            for graph in self.manifest.graphs
-            if (graph.kind, graph.precision) != (entry.kind, entry.precision)
-        )
-        self.manifest = dataclasses.replace(self.manifest, graphs=(*kept, entry))
-
-    def add_engine(self, entry: EngineEntry) -> None:
-        """List an engine, replacing the one of the same target."""
-        kept = tuple(e for e in self.manifest.engines if e.target != entry.target)
-        self.manifest = dataclasses.replace(self.manifest, engines=(*kept, entry))
-
-    def commit(self) -> Bundle:
-        """Replace the manifest, then remove files that it no longer needs."""
-        manifest = self._without_unused()
-        make_folder(self.folder)
-        with _locked(self.folder):
-            write_json(self.folder / MANIFEST_NAME, manifest.to_json())
-            for name in set(self.manifest.files) - set(manifest.files):
-                with contextlib.suppress(OSError):
-                    os.unlink(self.folder / name)
-        self.manifest = manifest
-        return Bundle(self.folder, manifest)
-
-    def _without_unused(self) -> Manifest:
-        used = _used_files(self.manifest)
-        files = {k: v for k, v in self.manifest.files.items() if k in used}
-        return dataclasses.replace(self.manifest, files=files)
-
-
-def bundle_writer(
-    folder: Path, diffusion: DiffusionSpec, checkpoint_sha256: str, tool_version: str
-) -> BundleWriter:
-    """A writer for a new bundle, or for the one in ``folder`` if it is of the same
-    checkpoint.
-
-    Raises:
-        BundleError: ``folder`` holds a bundle of another checkpoint, or other files.
-    """
-    if is_bundle(folder):
-        bundle = open_bundle(folder)
-        if bundle.manifest.checkpoint_sha256 != checkpoint_sha256:
-            raise BundleError(
-                f"{folder} is a bundle of another checkpoint",
-                fix="choose another --out",
-            )
-        return BundleWriter(folder, bundle.manifest)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BundleError(
-            f"{folder} exists and is not a bundle", fix="choose another --out"
-        )
-    empty = Manifest(diffusion, checkpoint_sha256, tool_version, {})
-    return BundleWriter(folder, empty)

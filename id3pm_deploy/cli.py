@@ -57,6 +57,11 @@ class LazyGroup(click.Group):
         except Id3pmError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_status)
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else ""
+            click.echo(f"error: cannot use{where}: {error.strerror or error}", err=True)
+            click.echo("  fix: check the path and its permissions", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\ninterrupted; nothing half-written was left", err=True)
             ctx.exit(130)

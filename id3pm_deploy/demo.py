@@ -20,21 +20,20 @@ from .generate import (
     Pictures,
     SampleSettings,
     conditions,
-    make_pictures,
-    save_pictures,
+    sample_to_folder,
 )
 from .identity.alignment import FaceDetector, align
 from .identity.embed import embed_photos, read_photo
 from .identity.embedders import load_embedder
 from .identity.vectors import IdentityFile, save_identities
-from .images import PictureMark, contact_sheet, save_sheet
+from .images import contact_sheet, save_sheet
 from .models import open_engine, open_model
 from .parity_run import ParityRequest, parity_to_folder
 from .progress import progress
 from .shipped import shipped_checkpoint
 
 _PERSON = "P001/assets/studio_portrait.jpg"
-_PHOTO_SIZE = 128
+_SHOWN_SIZE = 128
 _PHOTO_MARGIN = 1.15
 _PARITY_PICTURES = 3
 _MARKER = "demo.json"
@@ -143,11 +142,7 @@ def _sample(
 ) -> Pictures:
     model = open_model(bundle)
     wanted = conditions(model.spec, file, settings.count)
-    batches = -(-settings.count // settings.batch_size)
-    total = batches * settings.solver.steps
-    with open_engine(model) as engine, progress(total, "sampling") as tick:
-        made = make_pictures(engine, model, settings, wanted, lambda _: tick())
-        save_pictures(out, made, settings, engine, model, wanted)
+    made, _ = sample_to_folder(out, model, open_engine(model), settings, wanted)
     return made
 
 
@@ -166,14 +161,12 @@ def _compare(
 
 
 def _save_overview(path: Path, photo: Path, made: Pictures) -> None:
-    """The aligned photo beside the pictures; only sensible for a synthetic person."""
+    """The aligned photo beside the pictures, marked as the composite it is."""
     rgb = read_photo(photo)
     points = FaceDetector().find_face(rgb).points
-    face = align(rgb, points, _PHOTO_SIZE, _PHOTO_MARGIN)
-    factor = max(1, _PHOTO_SIZE // made.pixels.shape[1])
+    factor = max(1, _SHOWN_SIZE // made.pixels.shape[1])
     shown = [np.kron(p, np.ones((factor, factor, 1), np.uint8)) for p in made.pixels]
-    side = shown[0].shape[0]
-    first = align(rgb, points, side, _PHOTO_MARGIN) if side != _PHOTO_SIZE else face
+    first = align(rgb, points, shown[0].shape[0], _PHOTO_MARGIN)
     sheet = contact_sheet(
         [first, *shown],
         columns=len(shown) + 1,
@@ -181,7 +174,5 @@ def _save_overview(path: Path, photo: Path, made: Pictures) -> None:
         scale=1,
         title="photo of a person, and pictures made from its identity vector",
     )
-    mark: PictureMark = dataclasses.replace(
-        made.marks[0], sample=None, tool_version=__version__
-    )
+    mark = dataclasses.replace(made.marks[0], sample=None, composite=True)
     save_sheet(path, sheet, mark)

@@ -31,6 +31,12 @@ class Id3pmError(Exception):
         return "\n".join(lines)
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of what another library's error says, or its name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:most]
+
+
 class InputError(Id3pmError):
     """A value the user gave is out of range, malformed or contradictory."""
 
@@ -51,10 +57,6 @@ class CheckpointError(Id3pmError):
 
 class BundleError(Id3pmError):
     """A bundle is missing, damaged, tampered with or of another format."""
-
-
-class TrustError(BundleError):
-    """A plan was not built on this machine and nobody vouched for it."""
 
 
 class RecipeError(InputError):

@@ -48,6 +48,12 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """The sibling of ``path`` whose name has ``suffix`` behind it; ``.`` works too."""
+    whole = Path(os.path.abspath(path))
+    return whole.with_name(whole.name + suffix)
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` when the block succeeds.

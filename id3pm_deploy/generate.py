@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import secrets
@@ -16,13 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import __version__
+from . import __version__, defaults
 from .backends.base import Engine
 from .errors import InputError, NonFiniteError, OutputError
 from .files import make_folder, output_error, write_json
 from .identity.vectors import IdentityFile, check_identities, normalise_identities
 from .images import PictureMark, contact_sheet, save_png, save_sheet, to_uint8
 from .models import Model
+from .progress import progress
 from .sampler import SampleJob, SeededNoise, sample_batches
 from .solvers import SolverSettings, SolverTable, solver_table
 from .spec import DiffusionSpec
@@ -30,6 +32,7 @@ from .spec import DiffusionSpec
 RECORD_NAME = "record.json"
 SHEET_NAME = "sheet.png"
 _SHEET_MOST = 64
+_RECORD_FORMAT = "id3pm-run"
 
 Float32 = npt.NDArray[np.float32]
 
@@ -42,20 +45,22 @@ class SampleSettings:
     """
 
     solver: SolverSettings = field(default_factory=SolverSettings)
-    guidance: float = 2.0
+    guidance: float = defaults.GUIDANCE
     guide_variance: bool = False
     seed: int = 0
-    count: int = 4
-    batch_size: int = 8
+    count: int = defaults.COUNT
+    batch_size: int = defaults.BATCH_SIZE
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= 100_000:
             raise InputError(
                 "the count must be from 1 to 100000", why=f"it is {self.count}"
             )
-        if not 1 <= self.batch_size <= 1024:
+        if not 1 <= self.batch_size <= defaults.MAX_BATCH_SIZE:
             raise InputError(
-                "the batch size must be from 1 to 1024", why=f"it is {self.batch_size}"
+                f"the batch size must be from 1 to {defaults.MAX_BATCH_SIZE}",
+                why=f"it is {self.batch_size}",
+                fix="sample more pictures with --count; batches follow each other",
             )
         if not 0 <= self.seed < 1 << 63:
             raise InputError(
@@ -140,12 +145,23 @@ def make_pictures(
         settings.guide_variance,
     )
     begun = time.perf_counter()
-    batches = list(sample_batches(engine, job, settings.batch_size, on_row))
+    pixels, failed = [], []
+    for batch in sample_batches(engine, job, settings.batch_size, on_row):
+        batch.images[batch.failed] = -1.0
+        pixels.append(to_uint8(batch.images))
+        failed.append(batch.failed)
     seconds = time.perf_counter() - begun
-    images = np.concatenate([batch.images for batch in batches])
-    failed = np.concatenate([batch.failed for batch in batches])
-    images[failed] = -1.0
-    marks = tuple(
+    marks = picture_marks(engine, model, settings, len(job.identity))
+    return Pictures(
+        np.concatenate(pixels), marks, np.concatenate(failed), seconds, table
+    )
+
+
+def picture_marks(
+    engine: Engine, model: Model, settings: SampleSettings, count: int
+) -> tuple[PictureMark, ...]:
+    """What the pictures of samples 0 to ``count`` - 1 say about themselves."""
+    return tuple(
         PictureMark(
             tool_version=__version__,
             seed=settings.seed,
@@ -157,31 +173,80 @@ def make_pictures(
             precision=engine.info.precision,
             checkpoint=model.title,
         )
-        for index in range(len(images))
+        for index in range(count)
     )
-    return Pictures(to_uint8(images), marks, failed, seconds, table)
+
+
+def sample_to_folder(
+    out: Path,
+    model: Model,
+    engine: Engine,
+    settings: SampleSettings,
+    wanted: Conditions,
+    *,
+    force: bool = False,
+) -> tuple[Pictures, dict[str, Any]]:
+    """Sample and write pictures, sheet and run record, with a progress bar.
+
+    Args:
+        out: Folder; see :func:`check_output`.
+        model: What ``engine`` runs.
+        engine: Not yet entered.
+        settings: How.
+        wanted: One condition a picture.
+        force: Replace an earlier run in ``out``.
+
+    Returns:
+        The pictures and the run record.
+
+    Raises:
+        InputError, OutputError, EngineError, NonFiniteError: See the parts.
+    """
+    check_output(out, force=force)
+    batches = -(-len(wanted.ids) // settings.batch_size)
+    with engine, progress(batches * settings.solver.steps, "sampling") as tick:
+        made = make_pictures(engine, model, settings, wanted, lambda _: tick())
+        record = save_pictures(out, made, settings, engine, model, wanted, force=force)
+    return made, record
 
 
 def check_output(out: Path, *, force: bool) -> None:
     """Refuse an output folder before any work is done.
 
+    With ``force``, a folder is replaced only if an earlier run of this tool made it.
+
     Raises:
-        InputError: It exists and is not empty, and ``force`` is not given.
+        InputError: It exists, is not empty, and may not be replaced.
         OutputError: It cannot be made.
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file", fix="choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise InputError(
-            f"{out} is not empty", fix="choose another --out, or give --force"
-        )
-    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if out.is_dir() and any(out.iterdir()):
+        if not _is_run(out):
+            raise InputError(
+                f"{out} is not empty and no earlier run's folder",
+                fix="choose another --out",
+            )
+        if not force:
+            raise InputError(
+                f"{out} is not empty", fix="choose another --out, or give --force"
+            )
+    there = next(p for p in Path(os.path.abspath(out)).parents if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise OutputError(
             f"cannot write {out}",
             why=f"{there} is not a folder you may write to",
             fix="choose another --out",
         )
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether ``folder`` holds what :func:`save_pictures` wrote."""
+    try:
+        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and record.get("format") == _RECORD_FORMAT
 
 
 def save_pictures(
@@ -191,6 +256,8 @@ def save_pictures(
     engine: Engine,
     model: Model,
     wanted: Conditions,
+    *,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write PNGs, contact sheet and run record to ``out``, all or nothing.
 
@@ -203,7 +270,8 @@ def save_pictures(
         NonFiniteError: A sample failed; the others were written.
         OutputError: Something cannot be written.
     """
-    staging = make_folder(out.with_name(f".{out.name}.{secrets.token_hex(6)}.tmp"))
+    out = Path(os.path.abspath(out))
+    staging = make_folder(_hidden(out, "tmp"))
     try:
         record = _record(pictures, settings, engine, model, wanted)
         good = np.flatnonzero(~pictures.failed)
@@ -213,6 +281,7 @@ def save_pictures(
         if len(good):
             _save_sheet(staging / SHEET_NAME, pictures, good, settings.count)
         write_json(staging / RECORD_NAME, record)
+        check_output(out, force=force)
         _take_place(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -226,9 +295,13 @@ def save_pictures(
     return record
 
 
+def _hidden(out: Path, suffix: str) -> Path:
+    return out.with_name(f".{out.name}.{secrets.token_hex(6)}.{suffix}")
+
+
 def _take_place(staging: Path, out: Path) -> None:
-    """Rename ``staging`` to ``out``, moving an older folder of ours away first."""
-    old = out.with_name(f".{out.name}.{secrets.token_hex(6)}.old")
+    """Rename ``staging`` to ``out``, moving an older run away first."""
+    old = _hidden(out, "old")
     try:
         if out.exists():
             out.rename(old)
@@ -262,7 +335,7 @@ def _record(
     """Everything needed to make the pictures again, and nothing of the identities but
     the random ids of their file."""
     return {
-        "format": "id3pm-run",
+        "format": _RECORD_FORMAT,
         "format_version": 1,
         "tool_version": __version__,
         "checkpoint": model.title,

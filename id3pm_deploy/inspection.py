@@ -1,6 +1,7 @@
 """What a CHECKPOINT, BUNDLE, picture or identity file holds, as plain values.
 
-Nothing is loaded into a runtime and no identity vector is shown.
+``inspect_path`` loads nothing into a runtime; ``self_test_errors`` runs engines. No
+identity vector is shown.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ def self_test_errors(path: Path) -> dict[str, float | None]:
         Relative error by target; None for an engine that cannot run here.
 
     Raises:
+        InputError: ``path`` is no BUNDLE.
+        BundleError: It is damaged, or an engine's graph is not in it.
         ParityError: An engine computes something else than PyTorch did.
     """
     from .models import open_engine, open_model
@@ -90,14 +93,19 @@ def self_test_errors(path: Path) -> dict[str, float | None]:
         raise InputError(f"{path} is not a BUNDLE", fix="self-tests need a bundle")
     model = open_model(path)
     assert model.bundle is not None
-    graphs = {graph.file: graph for graph in model.bundle.manifest.graphs}
+    graphs = {g.file: g for g in model.bundle.manifest.graphs if g.kind == "step"}
     found: dict[str, float | None] = {}
     for entry in model.bundle.manifest.engines:
         if entry.backend != "onnxruntime":
             found[entry.target] = None
             continue
         if entry.graph not in graphs:
-            raise BundleError(f"engine {entry.target} names a graph that is not listed")
+            raise BundleError(
+                f"the engine {entry.target!r} names a step graph that is not listed",
+                why=f"its graph is {entry.graph!r:.80}",
+                fix="build it again with `id3pm-deploy build-engine CHECKPOINT "
+                "--target TARGET --out BUNDLE`",
+            )
         graph = graphs[entry.graph]
         with open_engine(model, "onnxruntime", precision=graph.precision) as engine:
             found[entry.target] = self_test(engine, model.bundle, graph)

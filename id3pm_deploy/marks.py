@@ -22,6 +22,11 @@ from .errors import InputError
 
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 """IPTC's term for media made by a trained model; a name, not a page to fetch."""
+COMPOSITE = (
+    "http://cv.iptc.org/newscodes/digitalsourcetype/"
+    "compositeWithTrainedAlgorithmicMedia"
+)
+"""IPTC's term for such media put together with other pictures."""
 NAMESPACE = "urn:id3pm-deploy:1.0#"
 """Our own XMP properties."""
 
@@ -47,8 +52,9 @@ def _clean(text: str) -> str:
 class PictureMark:
     """How a picture was made, and that it was made; written into its PNG.
 
-    ``sample`` is None on a sheet of several samples. ``checkpoint`` is a title, never
-    a path. Text is reduced to one line of at most 200 characters that XML can hold.
+    ``sample`` is None on a sheet of several samples; ``composite`` says that a photo is
+    on it as well. ``checkpoint`` is a title, never a path. Text is reduced to one line
+    of at most 200 characters that XML can hold.
 
     Raises:
         InputError: The seed or the sample is negative, there is less than one step, or
@@ -64,6 +70,7 @@ class PictureMark:
     backend: str
     precision: str
     checkpoint: str = ""
+    composite: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tool_version", "solver", "backend", "precision", "checkpoint"):
@@ -80,6 +87,7 @@ class PictureMark:
 def xmp_packet(mark: PictureMark) -> str:
     """The XMP packet, as text, that says what ``mark`` says."""
     values = {key: value for key, value in asdict(mark).items() if value is not None}
+    source = COMPOSITE if values.pop("composite") else GENERATED
     ours = "".join(
         f"   <id3pm:{key}>{escape(str(value))}</id3pm:{key}>\n"
         for key, value in values.items()
@@ -91,7 +99,7 @@ def xmp_packet(mark: PictureMark) -> str:
         f'  <rdf:Description rdf:about="" xmlns:Iptc4xmpExt="{_IPTC}"'
         f' xmlns:xmp="{_XMP}" xmlns:id3pm="{NAMESPACE}">\n'
         "   <Iptc4xmpExt:DigitalSourceType>"
-        f"{GENERATED}</Iptc4xmpExt:DigitalSourceType>\n"
+        f"{source}</Iptc4xmpExt:DigitalSourceType>\n"
         f"   <xmp:CreatorTool>{_TOOL} {escape(mark.tool_version)}</xmp:CreatorTool>\n"
         f"{ours}"
         "  </rdf:Description>\n </rdf:RDF>\n</x:xmpmeta>\n"
@@ -153,17 +161,20 @@ def _parse_packet(packet: str) -> PictureMark:
         for key, value in properties:
             if found.setdefault(key, value) != value:
                 raise ValueError("its XMP says two things at once")
-    if found.get(f"{{{_IPTC}}}DigitalSourceType") != GENERATED:
+    source = found.get(f"{{{_IPTC}}}DigitalSourceType")
+    if source not in (GENERATED, COMPOSITE):
         raise ValueError("its XMP does not call it generated")
     prefix = f"{{{NAMESPACE}}}"
     ours = {k[len(prefix) :]: v for k, v in found.items() if k.startswith(prefix)}
-    return _mark_from_text(ours)
+    return _mark_from_text(ours, composite=source == COMPOSITE)
 
 
-def _mark_from_text(text: dict[str, str]) -> PictureMark:
+def _mark_from_text(text: dict[str, str], *, composite: bool) -> PictureMark:
     """A mark from its properties; unknown ones are left to later versions."""
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = {"composite": composite}
     for name in PictureMark.__dataclass_fields__:
+        if name == "composite":
+            continue
         if name not in text:
             if name in ("sample", "checkpoint"):
                 continue

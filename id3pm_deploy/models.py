@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .backends.base import Engine, step_shapes
-from .bundle import Bundle, EngineEntry, GraphEntry, is_bundle, open_bundle
+from .bundle import Bundle, GraphEntry, is_bundle, open_bundle
+from .checkpoint_config import is_checkpoint, load_spec, weights_sha256
+from .defaults import BACKENDS
 from .errors import EngineError, InputError
 from .optional import require
 from .spec import DiffusionSpec
-
-BACKENDS = ("auto", "onnxruntime", "torch")
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,6 @@ class Model:
         """SHA-256 of the checkpoint's weights file."""
         if self.bundle is not None:
             return self.bundle.manifest.checkpoint_sha256
-        from .reference.checkpoint import weights_sha256
-
         return weights_sha256(self.path)
 
 
@@ -50,8 +48,8 @@ def open_model(path: Path) -> Model:
     if is_bundle(path):
         bundle = open_bundle(path)
         return Model(path, bundle.manifest.diffusion, bundle)
-    if (path / "config.json").is_file():
-        return Model(path, _checkpoint_spec(path), None)
+    if is_checkpoint(path):
+        return Model(path, load_spec(path), None)
     raise InputError(
         f"{path} is neither a CHECKPOINT nor a BUNDLE",
         why="it has no config.json and no manifest.json"
@@ -59,13 +57,6 @@ def open_model(path: Path) -> Model:
         else "there is no such folder",
         fix="give the folder that `train` or `build-engine` wrote",
     )
-
-
-def _checkpoint_spec(path: Path) -> DiffusionSpec:
-    require("torch", extra="export")
-    from .reference.checkpoint import load_spec
-
-    return load_spec(path)
 
 
 def open_engine(
@@ -90,10 +81,17 @@ def open_engine(
     Raises:
         EngineError: The model cannot run on that backend.
     """
+    if not 0 <= threads <= 1024:
+        raise InputError("threads must be from 0 to 1024", why=f"it is {threads}")
     if backend == "auto":
         backend = "torch" if model.bundle is None else "onnxruntime"
     if backend == "torch":
         return _torch_engine(model, precision or "float32", threads, device)
+    if device != "cpu" and backend != "torch":
+        raise InputError(
+            f"--device {device} is a setting of the torch backend",
+            fix="leave it out, or give a CHECKPOINT",
+        )
     if backend == "onnxruntime":
         return _onnxruntime_engine(model, precision, threads)
     if backend == "tensorrt":
@@ -157,11 +155,8 @@ def _onnxruntime_engine(model: Model, precision: str | None, threads: int) -> En
     from .backends.onnxruntime import OnnxRuntimeEngine
 
     graph = bundle_graph(model.bundle, precision)
+    engines = model.bundle.manifest.engines
     if not threads:
-        threads = _recipe_threads(model.bundle.manifest.engines)
+        threads = next((e.threads for e in engines if e.graph == graph.file), 0)
     data = model.bundle.read(graph.file)
     return OnnxRuntimeEngine(data, step_shapes(model.spec), graph.precision, threads)
-
-
-def _recipe_threads(engines: tuple[EngineEntry, ...]) -> int:
-    return next((e.threads for e in engines if e.backend == "onnxruntime"), 0)

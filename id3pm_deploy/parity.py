@@ -19,8 +19,9 @@ from . import __version__
 from .backends.base import Engine
 from .backends.torch import TorchEngine
 from .compare import Comparison, compare, unsaturated
+from .defaults import MAX_BATCH_SIZE
 from .errors import InputError
-from .generate import Conditions, SampleSettings
+from .generate import Conditions, SampleSettings, picture_marks
 from .guidance import guidance_table
 from .images import PictureMark, to_uint8
 from .models import Model
@@ -66,7 +67,17 @@ class ParityResult:
 
 
 def trace(engine: Engine, job: SampleJob) -> Trace:
-    """Run all samples of ``job`` as one batch and keep what every table row made."""
+    """Run all samples of ``job`` as one batch and keep what every table row made.
+
+    Raises:
+        InputError: There are too many samples for one batch.
+    """
+    if len(job.identity) > MAX_BATCH_SIZE:
+        raise InputError(
+            f"parity compares at most {MAX_BATCH_SIZE} pictures",
+            why=f"{len(job.identity)} were asked for",
+            fix="lower --count, or give fewer identities",
+        )
     states: list[Float32] = []
     previews: list[Float32] = []
 
@@ -147,7 +158,8 @@ def run_parity(
 ) -> ParityResult:
     """Compare ``engine`` with the reference network on the same noise.
 
-    The reference of an engine whose body is float16 is PyTorch in float16.
+    The reference of an engine whose body is float16 is PyTorch in float16; PyTorch
+    itself in float16 is compared with float32.
 
     Args:
         engine: Entered, runs the same checkpoint as ``network``.
@@ -168,7 +180,7 @@ def run_parity(
         noise or SeededNoise(settings.seed),
         settings.guide_variance,
     )
-    half = engine.info.precision.startswith("float16")
+    half = reference_is_half(engine)
     precision: Any = "float16" if half else "float32"
     with TorchEngine(network, engine.shapes, precision) as reference:
         theirs = trace(reference, job)
@@ -198,9 +210,14 @@ def run_parity(
         oracle_tolerance=ORACLE_TOLERANCE,
     )
     on_part()
-    return ParityResult(
-        report, *pixels, _marks(engine, model, settings, len(pixels[0]))
-    )
+    marks = picture_marks(engine, model, settings, len(pixels[0]))
+    return ParityResult(report, *pixels, marks)
+
+
+def reference_is_half(engine: Engine) -> bool:
+    """Whether the reference of ``engine`` runs in float16."""
+    info = engine.info
+    return info.backend != "torch" and info.precision.startswith("float16")
 
 
 def _per_step(
@@ -230,25 +247,6 @@ def _judged(
         return None
     name, judge = similarity
     return IdentitySimilarity(name, judge(pixels[0]), judge(pixels[1]))
-
-
-def _marks(
-    engine: Engine, model: Model, settings: SampleSettings, count: int
-) -> tuple[PictureMark, ...]:
-    return tuple(
-        PictureMark(
-            tool_version=__version__,
-            seed=settings.seed,
-            sample=index,
-            solver=settings.solver.solver,
-            steps=settings.solver.steps,
-            guidance=settings.guidance,
-            backend=engine.info.backend,
-            precision=engine.info.precision,
-            checkpoint=model.title,
-        )
-        for index in range(count)
-    )
 
 
 def _subject(

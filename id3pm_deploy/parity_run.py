@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,24 @@ from typing import Any
 import numpy as np
 
 from .backends.base import Engine
-from .errors import BundleError
+from .errors import BundleError, InputError
 from .generate import Conditions, SampleSettings, conditions
 from .models import Model, bundle_graph
-from .parity import Similarity, random_conditions, run_parity
+from .parity import (
+    Similarity,
+    random_conditions,
+    reference_is_half,
+    run_parity,
+)
 from .progress import progress
 from .reference.checkpoint import Checkpoint, load_checkpoint
 from .report import ParityReport, Tolerances, save_report
+from .spec import DiffusionSpec
 
 _PARTS = 5
 _FLOAT32 = Tolerances(step=1e-5, trajectory=1e-4)
+_FLOAT16 = Tolerances(step=1e-2, trajectory=5e-2)
+"""For a CHECKPOINT, which has no export recipe; those of the recipes in export/."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,13 @@ def parity_to_folder(
         BundleError: The checkpoint is not the one the bundle was made from.
         IdentityError: The vectors or the judge are of another FR model.
     """
+    check_report_folder(out)
     checkpoint = load_checkpoint(request.checkpoint)
-    if checkpoint.weights_sha256 != model.weights_sha256:
+    facts = (_function(checkpoint.spec), checkpoint.weights_sha256)
+    if facts != (_function(model.spec), model.weights_sha256):
         raise BundleError(
             f"{model.path} was not made from {request.checkpoint}",
-            why="the SHA-256 of the weights differs",
+            why="the weights' SHA-256 or the facts in config.json differ",
             fix="give the CHECKPOINT that the bundle was exported from",
         )
     wanted, similarity = _wanted(model, checkpoint, request)
@@ -65,7 +76,7 @@ def parity_to_folder(
             similarity=similarity,
             on_part=tick,
         )
-    half = engine.info.precision.startswith("float16")
+    half = reference_is_half(engine)
     save_report(
         out,
         result.report,
@@ -77,10 +88,32 @@ def parity_to_folder(
     return result.report
 
 
+def check_report_folder(out: Path) -> None:
+    """Refuse a folder that holds something else than an earlier report.
+
+    Raises:
+        InputError: It is a file, or not empty and without an earlier parity.json.
+    """
+    if not out.exists() or (out / "parity.json").is_file():
+        return
+    if not out.is_dir() or any(out.iterdir()):
+        raise InputError(
+            f"{out} holds something else than an earlier report",
+            fix="choose another --out",
+        )
+
+
+def _function(spec: DiffusionSpec) -> DiffusionSpec:
+    """``spec`` without what does not change the function."""
+    return dataclasses.replace(spec, title="", origin={})
+
+
 def _tolerances(model: Model, engine: Engine, request: ParityRequest) -> Tolerances:
-    step, whole = _FLOAT32.step, _FLOAT32.trajectory
+    half = "float16" in engine.info.precision
+    known = _FLOAT16 if half else _FLOAT32
+    step, whole = known.step, known.trajectory
     if model.bundle is not None:
-        precision = "float16" if "float16" in engine.info.precision else "float32"
+        precision = "float16" if half else "float32"
         graph = bundle_graph(model.bundle, precision)
         step, whole = graph.tolerance_step, graph.tolerance_trajectory
     return Tolerances(

@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import io
 import zipfile
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from .backends.base import STEP_INPUTS, Engine
-from .bundle import Bundle, GraphEntry
+from .bundle import GraphEntry
 from .compare import Comparison, compare
-from .errors import BundleError, ParityError
+from .errors import BundleError, ParityError, first_line
 from .guidance import GuidanceTable
+from .identity.vectors import _array_from_npy
+from .solvers import STATE_SLOTS, STEP_WIDTH
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 _MAX_GOLDEN_BYTES = 1 << 30
+_EXPECTED = ("expected.state_next", "expected.x0", "expected.finite")
+_FIX = "copy the bundle again or rebuild it; do not use this file"
+
+
+class Readable(Protocol):
+    """Where checked files come from: a Bundle, or a writer that is not done yet."""
+
+    def read(self, name: str, /) -> bytes:
+        """The bytes of a file, after size and SHA-256 were checked."""
 
 
 def golden_bytes(arrays: Arrays) -> bytes:
@@ -31,27 +42,75 @@ def golden_bytes(arrays: Arrays) -> bytes:
     return buffer.getvalue()
 
 
-def load_golden(bundle: Bundle, graph: GraphEntry) -> Arrays:
-    """Golden data of a step graph, from a verified file.
+def load_golden(bundle: Readable, graph: GraphEntry) -> Arrays:
+    """Golden data of a step graph, from a verified file; nothing in it is trusted.
+
+    Returns:
+        The graph's inputs, and its outputs as ``expected.NAME``: int32 ``row``, all
+        others float32, of sizes B and R that agree.
 
     Raises:
-        BundleError: It is damaged or lacks an array.
+        BundleError: It is damaged, or lacks an array, or one is of a wrong shape.
     """
     data = bundle.read(graph.golden)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if sum(item.file_size for item in archive.infolist()) > _MAX_GOLDEN_BYTES:
-                raise ValueError("it unpacks to more than 1 GiB")
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+            arrays = _read_arrays(archive)
+    except BundleError:
+        raise
+    except Exception as error:  # a damaged zip can raise almost anything
         raise BundleError(
-            "the bundle's golden data is damaged", why=str(error)
+            "the bundle's golden data is damaged", why=first_line(error), fix=_FIX
         ) from error
-    wanted = {*STEP_INPUTS, "expected.state_next", "expected.x0", "expected.finite"}
-    if missing := sorted(wanted - set(arrays)):
-        raise BundleError(f"the bundle's golden data lacks {', '.join(missing)}")
+    _check_shapes(arrays)
     return arrays
+
+
+def _read_arrays(archive: zipfile.ZipFile) -> Arrays:
+    """The wanted members; sizes are checked before anything is unpacked."""
+    if sum(item.file_size for item in archive.infolist()) > _MAX_GOLDEN_BYTES:
+        raise ValueError("it unpacks to more than 1 GiB")
+    # zipfile unpacks these two piece by piece; others could fill the memory.
+    plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if any(item.compress_type not in plain for item in archive.infolist()):
+        raise ValueError("it is packed in a way that is not allowed")
+    wanted = (*STEP_INPUTS, *_EXPECTED)
+    there = set(archive.namelist())
+    if missing := [name for name in wanted if f"{name}.npy" not in there]:
+        raise BundleError(
+            f"the bundle's golden data lacks {', '.join(missing)}", fix=_FIX
+        )
+    return {name: _array_from_npy(archive.read(f"{name}.npy")) for name in wanted}
+
+
+def _check_shapes(arrays: Arrays) -> None:
+    state, row, identity = (arrays[name] for name in ("state", "row", "identity"))
+    if state.ndim != 5 or row.ndim != 1 or identity.ndim != 2 or not row.size:
+        raise _unfit("state, row or identity", state.shape, row.shape, identity.shape)
+    samples, rows, picture = state.shape[1], len(row), state.shape[1:]
+    shapes: dict[str, tuple[int, ...]] = {
+        "state": (STATE_SLOTS, *picture),
+        "noise": picture,
+        "identity": (rows, identity.shape[1]),
+        "row": (rows,),
+        "mix": (2, samples, rows),
+        "step": (samples, STEP_WIDTH),
+        "expected.state_next": (STATE_SLOTS, *picture),
+        "expected.x0": picture,
+        "expected.finite": (rows,),
+    }
+    for name, shape in shapes.items():
+        kind = np.int32 if name == "row" else np.float32
+        if arrays[name].shape != shape or arrays[name].dtype != kind or 0 in shape:
+            raise _unfit(name, arrays[name].dtype, arrays[name].shape)
+
+
+def _unfit(name: str, *found: object) -> BundleError:
+    return BundleError(
+        f"the bundle's golden data has a wrong shape or type in {name}",
+        why=f"found {', '.join(map(str, found))}",
+        fix=_FIX,
+    )
 
 
 def run_golden(engine: Engine, golden: Arrays) -> Comparison:
@@ -67,7 +126,7 @@ def run_golden(engine: Engine, golden: Arrays) -> Comparison:
     return compare(engine.state(), golden["expected.state_next"])
 
 
-def self_test(engine: Engine, bundle: Bundle, graph: GraphEntry) -> float:
+def self_test(engine: Engine, bundle: Readable, graph: GraphEntry) -> float:
     """Check an engine of ``graph`` against the bundle's golden data.
 
     Returns:

@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from . import defaults
 from .errors import InputError
 from .schedule import Float64, NoiseSchedule, noise_schedule
 from .spec import DiffusionSpec
@@ -60,8 +61,8 @@ class SolverSettings:
             ``fixed_large`` (β); None: learned if the model has it, else fixed_small.
     """
 
-    solver: str = "dpmpp-2m"
-    steps: int = 25
+    solver: str = defaults.SOLVER
+    steps: int = defaults.STEPS
     spacing: Spacing | None = None
     lambda_min: float | None = None
     clip: float = 1.0
@@ -78,6 +79,10 @@ class SolverSettings:
             raise InputError(
                 f"there is no timestep spacing {self.spacing!r}",
                 fix=f"use one of {', '.join(SPACINGS)}",
+            )
+        if self.lambda_min is not None and not math.isfinite(self.lambda_min):
+            raise InputError(
+                "lambda_min must be a finite number", why=f"it is {self.lambda_min}"
             )
         if not math.isfinite(self.clip) or self.clip < 0:
             raise InputError("clip must be 0 or above", why=f"it is {self.clip}")
@@ -118,7 +123,6 @@ class _Solver:
     ]
     spacing: Spacing
     lambda_min: float
-    summary: str
 
 
 def _linspace(last: int, steps: int) -> Float64:
@@ -306,11 +310,9 @@ def _dpmpp_2m_rows(
 
 
 SOLVERS: dict[str, _Solver] = {
-    "ddpm": _Solver(_ddpm_rows, "linspace", -100.0, "ancestral sampling, stochastic"),
-    "ddim": _Solver(_ddim_rows, "linspace", -5.1, "first order, deterministic at η=0"),
-    "dpmpp-2m": _Solver(
-        _dpmpp_2m_rows, "linspace_open", -5.1, "second order multistep"
-    ),
+    "ddpm": _Solver(_ddpm_rows, "linspace", -100.0),
+    "ddim": _Solver(_ddim_rows, "linspace", -5.1),
+    "dpmpp-2m": _Solver(_dpmpp_2m_rows, "linspace_open", -5.1),
 }
 
 

@@ -21,15 +21,14 @@ from models import (
     tiny_spec,
 )
 
-from id3pm_deploy.errors import CheckpointError, OutputError
-from id3pm_deploy.reference.checkpoint import (
+from id3pm_deploy.checkpoint_config import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    load_checkpoint,
     load_spec,
-    save_checkpoint,
     weights_sha256,
 )
+from id3pm_deploy.errors import CheckpointError, OutputError
+from id3pm_deploy.reference.checkpoint import load_checkpoint, save_checkpoint
 from id3pm_deploy.spec import DiffusionSpec
 
 SPEC = checkpoint_spec()

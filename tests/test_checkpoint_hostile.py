@@ -15,14 +15,14 @@ from models import contents, save_tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from id3pm_deploy.errors import CheckpointError
-from id3pm_deploy.reference.checkpoint import (
+from id3pm_deploy.checkpoint_config import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    checkpoint_or_error,
     is_checkpoint,
-    load_checkpoint,
+    load_spec,
 )
+from id3pm_deploy.errors import CheckpointError
+from id3pm_deploy.reference.checkpoint import load_checkpoint
 
 SOME_TENSOR = "unet.mid_block.attentions.0.to_q.weight"
 
@@ -237,15 +237,9 @@ def test_folders_that_are_no_checkpoint(folder: Path, tmp_path: Path) -> None:
     nothing, empty = tmp_path / "nothing", tmp_path / "empty"
     empty.mkdir()
     assert is_checkpoint(folder)
-    assert checkpoint_or_error(folder) == folder
+    assert load_spec(folder).title == "a test"
     for place in (nothing, empty, folder / CONFIG_NAME):
         assert not is_checkpoint(place)
         with pytest.raises(CheckpointError, match="is not a checkpoint folder"):
             load_checkpoint(place)
-    for place, message in (
-        (nothing, "there is no folder"),
-        (empty, "is not a checkpoint folder"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            checkpoint_or_error(place)
     assert list(empty.iterdir()) == []

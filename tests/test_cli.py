@@ -21,17 +21,17 @@ from id3pm_deploy.identity.vectors import identity_file, save_identities
 from id3pm_deploy.images import read_mark
 
 
-def run(*arguments: str | Path) -> Result:
+def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def ok(*arguments: str | Path) -> Result:
+def ok(*arguments: object) -> Result:
     result = run(*arguments)
     assert result.exit_code == 0, result.output + result.stderr
     return result
 
 
-def refused(message: str, *arguments: str | Path, status: int | None = None) -> None:
+def refused(message: str, *arguments: object, status: int | None = None) -> None:
     """The command fails with our message, not with a traceback."""
     result = run(*arguments)
     assert result.exit_code not in (0, None), result.output
@@ -205,6 +205,10 @@ def test_unconditional_and_zero_vectors(tiny_bundle: Path, tmp_path: Path) -> No
         (["--threads", "-1"], "threads must be"),
         (["--clip", "-1"], "clip must be"),
         (["--lambda-min", "50"], "no timestep has"),
+        (["--lambda-min=-inf"], "must be a finite number"),
+        (["--batch-size", "65"], "batch size must be"),
+        (["--device", "cuda"], "setting of the torch backend"),
+        (["--variance", "learned"], "variance is a setting of ddpm"),
         (["--backend", "torch"], "no PyTorch weights"),
         (["--backend", "tensorrt"], "no runtime for them yet"),
         (["--precision", "float16"], "no step graph"),
@@ -228,7 +232,8 @@ def test_vectors_of_another_model_are_refused(
 ) -> None:
     rng = np.random.default_rng(0)
     cases: list[tuple[int, str, str | None, str]] = [
-        (16, "arcface", "0" * 64, "another FR model"),
+        (16, "arcface", "1" * 64, "another FR model"),
+        (16, "arcface", None, "another FR model"),
         (16, "test model", "1" * 64, "another FR model"),
         (16, "test model", None, "cannot be shown"),
         (17, "test model", "0" * 64, "17 elements"),
@@ -299,7 +304,42 @@ def test_unwritable_places(tiny_bundle: Path, tmp_path: Path) -> None:
     full.mkdir()
     (full / "thesis.txt").write_text("mine")
     refused("not empty", *common, "--out", full, status=2)
+    refused("no earlier run's", *common, "--out", full, "--force", status=2)
     assert contents(full) == {"thesis.txt": b"mine"}
+    again = tmp_path / "again"
+    ok(*common, "--out", again, "--count", "2")
+    refused("give --force", *common, "--out", again, status=2)
+    ok(*common, "--out", again, "--count", "1", "--force")
+    assert len(list(again.glob("sample-*.png"))) == 1
+
+
+def test_the_current_folder_as_a_path(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    ok("sample", tiny_bundle, "--unconditional", "--steps", "2", "--out", ".")
+    assert len(list(here.glob("sample-*.png"))) == 4
+
+
+def test_the_system_s_errors_become_messages(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root no permission is refused, so the refusal is acted."""
+
+    def deny(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "somewhere")
+
+    monkeypatch.setattr("id3pm_deploy.models.open_bundle", deny)
+    refused(
+        "cannot use somewhere: Permission denied",
+        "sample",
+        tiny_bundle,
+        "--unconditional",
+        "--out",
+        tmp_path / "out",
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")

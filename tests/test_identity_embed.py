@@ -20,7 +20,7 @@ from PIL import Image
 from id3pm_deploy.commands.embed import command
 from id3pm_deploy.errors import FaceError, Id3pmError, IdentityError, InputError
 from id3pm_deploy.identity import embed as embed_module
-from id3pm_deploy.identity.alignment import FaceDetector, align
+from id3pm_deploy.identity.alignment import FaceDetector, align, packaged_model
 from id3pm_deploy.identity.embed import (
     average_identity,
     embed_images,
@@ -28,10 +28,16 @@ from id3pm_deploy.identity.embed import (
     read_photo,
 )
 from id3pm_deploy.identity.embedders import (
+    SFACE_FILE,
     CallableEmbedder,
     OnnxEmbedder,
     SFaceEmbedder,
     load_embedder,
+)
+from id3pm_deploy.identity.preprocessing import (
+    SFACE_SHA256,
+    InputSpec,
+    function_sha256,
 )
 from id3pm_deploy.identity.vectors import load_identities
 
@@ -206,6 +212,39 @@ def test_onnx_options(tmp_path: Path) -> None:
     wanted = scaled.mean(axis=(1, 2)) @ WEIGHTS
     assert np.allclose(embedder.embed(crops), wanted, atol=1e-6)
     assert embedder.name == "mine"
+
+
+def test_the_hash_covers_the_preprocessing(tmp_path: Path) -> None:
+    fixed = tiny_model(tmp_path / "fr.onnx", [1, 3, 112, 112], WEIGHTS)
+    free = tiny_model(tmp_path / "free.onnx", ["n", 3, "h", "w"], WEIGHTS)
+
+    def sha(path: Path, query: str) -> str | None:
+        return load_embedder(f"onnx:{path}?{query}").sha256
+
+    for path in (fixed, free):
+        whole = hashlib.sha256(path.read_bytes()).hexdigest()
+        usual = "name=a", "mean=127.5", "std=127.50&order=rgb", "size=112"
+        assert {sha(path, query) for query in usual} == {whole}
+    others = ["mean=0", "std=128", "order=bgr", "mean=0&std=1", "mean=1&std=0.5"]
+    hashes = {sha(fixed, query) for query in others}
+    hashes |= {sha(free, "size=64"), sha(free, "mean=0"), sha(fixed, "")}
+    assert len(hashes) == len(others) + 3
+    assert sha(fixed, "mean=0") == sha(fixed, "mean=-0.0&size=112")
+
+
+def test_sface_has_its_file_s_hash_with_its_own_preprocessing_only() -> None:
+    sface()  # for its skip
+    path = packaged_model(SFACE_FILE)
+    file_hash = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sface().sha256 == SFACE_SHA256 == file_hash
+    # Fed as other models are, the same file would be another function.
+    assert function_sha256(path.read_bytes(), InputSpec()) != file_hash
+
+
+def test_another_file_as_sface_is_not_the_file_as_such(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "fr.onnx", [1, 3, 112, 112], WEIGHTS)
+    plain = OnnxEmbedder(path, InputSpec(mean=0.0, std=1.0))
+    assert SFaceEmbedder(path).sha256 == plain.sha256 != OnnxEmbedder(path).sha256
 
 
 def test_onnx_of_another_size(tmp_path: Path) -> None:

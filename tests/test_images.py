@@ -136,7 +136,8 @@ def test_the_xmp_is_xml_and_calls_the_picture_generated(tmp_path: Path) -> None:
     iptc = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
     assert text[iptc] == GENERATED
     assert text["{http://ns.adobe.com/xap/1.0/}CreatorTool"] == "id3pm-deploy 0.1.0"
-    expected = {f"{{{OURS}}}{key}": str(value) for key, value in asdict(MARK).items()}
+    values = {key: value for key, value in asdict(MARK).items() if key != "composite"}
+    expected = {f"{{{OURS}}}{key}": str(value) for key, value in values.items()}
     assert {k: v for k, v in text.items() if k.startswith(f"{{{OURS}}}")} == expected
 
 
@@ -157,7 +158,18 @@ def test_a_png_holds_nothing_beside_picture_and_mark(tmp_path: Path) -> None:
         "backend",
         "precision",
         "checkpoint",
+        "composite",
     }
+
+
+def test_a_sheet_with_a_photo_is_called_a_composite(tmp_path: Path) -> None:
+    path = tmp_path / "sheet.png"
+    mark = replace(MARK, composite=True)
+    save_png(path, noise(8, 8, 3), mark)
+    packet = packet_of(path)
+    assert "/compositeWithTrainedAlgorithmicMedia<" in packet
+    assert "/trainedAlgorithmicMedia<" not in packet
+    assert read_mark(path) == mark
     assert str(tmp_path).encode() not in path.read_bytes()
 
 

@@ -85,7 +85,7 @@ def test_demo_from_photo_to_parity_page(tmp_path: Path) -> None:
     assert len(parity["identity_engine"]) == 3
     bundle = open_bundle(out / "bundle")
     bundle.verify()
-    assert bundle.engine("cpu").self_test_error is not None
+    assert bundle.manifest.engines[0].self_test_error is not None
 
     # The pictures look like the person, and more so than like other people.
     file = load_identities(out / "identity.npz")

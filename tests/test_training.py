@@ -17,10 +17,12 @@ from PIL import Image
 from id3pm_deploy.errors import InputError, TrainingError
 from id3pm_deploy.identity.embedders import Embedder
 from id3pm_deploy.reference.checkpoint import load_checkpoint
-from id3pm_deploy.training import loop
+from id3pm_deploy.training import loop, run
 from id3pm_deploy.training.config import TrainingConfig
-from id3pm_deploy.training.faces import TrainingFaces, load_faces, picture_paths
-from id3pm_deploy.training.loop import Batches, diffusion_loss, train, work_folder
+from id3pm_deploy.training.faces import TrainingFaces, load_faces
+from id3pm_deploy.training.loop import Batches, diffusion_loss, work_folder
+from id3pm_deploy.training.run import train
+from id3pm_deploy.training.sheet import spread_over_folders
 from id3pm_deploy.training.state import Ema
 
 SMALL = TrainingConfig(
@@ -66,7 +68,7 @@ def _faces(count: int = 8, folders: int = 1) -> TrainingFaces:
 @pytest.fixture
 def fake_faces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder, and a loader that invents its faces."""
-    monkeypatch.setattr(loop, "load_faces", lambda *_, **__: _faces())
+    monkeypatch.setattr(run, "load_faces", lambda *_, **__: _faces())
     folder = tmp_path / "faces"
     folder.mkdir()
     return folder
@@ -93,7 +95,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
         train([fake_faces], parts, SMALL, fr)
     middle = _weights(parts)
     monkeypatch.undo()
-    monkeypatch.setattr(loop, "load_faces", lambda *_, **__: _faces())
+    monkeypatch.setattr(run, "load_faces", lambda *_, **__: _faces())
     assert train([fake_faces], parts, SMALL, fr, resume=True).steps == 6
     whole, resumed = _weights(tmp_path / "whole"), _weights(parts)
     assert any(not torch.equal(middle[name], whole[name]) for name in whole)
@@ -118,12 +120,34 @@ def test_what_a_run_leaves(fake_faces: Path, tmp_path: Path) -> None:
     assert spec.origin["faces"] == 8
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_batch(fake_faces: Path, tmp_path: Path) -> None:
     settings = dataclasses.replace(SMALL, processes=2, steps=3)
     result = train([fake_faces], tmp_path / "two", settings, MeanColour(), threads=1)
     assert result.steps == 3
+    assert result.loss is not None
     assert np.isfinite(result.loss)
     assert _weights(tmp_path / "two")
+    # A finished run: nothing to do is no loss, and no failure.
+    again = train([fake_faces], tmp_path / "two", settings, MeanColour(), resume=True)
+    assert (again.steps, again.loss) == (3, None)
+
+
+def test_what_stopped_a_process_is_told(
+    fake_faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = (
+        "Traceback:\n  File x\nid3pm_deploy.errors.TrainingError: it is NaN\n  fix: y"
+    )
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError(told)
+
+    monkeypatch.setattr(torch.multiprocessing, "spawn", failing)
+    settings = dataclasses.replace(SMALL, processes=2)
+    with pytest.raises(TrainingError) as error:
+        train([fake_faces], tmp_path / "two", settings, MeanColour())
+    assert str(error.value) == "it is NaN\n  fix: y"
 
 
 def test_used_folders_and_other_settings_are_refused(
@@ -150,6 +174,66 @@ def test_a_damaged_state_is_named(fake_faces: Path, tmp_path: Path) -> None:
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(TrainingError, match="cannot resume"):
         train([fake_faces], out, SMALL, MeanColour(), resume=True)
+
+
+def test_weights_that_are_not_finite_do_not_replace_the_state(
+    fake_faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    train([fake_faces], out, SMALL, MeanColour())
+    state = work_folder(out) / "state.safetensors"
+    before = state.read_bytes()
+    one_step = loop.Trainer.train_step
+
+    def broken(self: loop.Trainer, *batch: torch.Tensor) -> float:
+        loss = one_step(self, *batch)
+        if self.step == 9:
+            with torch.no_grad():
+                next(self.network.parameters()).fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(loop.Trainer, "train_step", broken)
+    more = dataclasses.replace(SMALL, steps=9)
+    with pytest.raises(TrainingError, match="not finite at step 9"):
+        train([fake_faces], out, more, MeanColour(), resume=True)
+    assert state.read_bytes() == before
+
+
+def test_storage_and_title_are_of_the_checkpoint_only(
+    fake_faces: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    config = dataclasses.replace(SMALL, storage="float16", title="A title")
+    out = tmp_path / "Anna Example"
+    train([fake_faces], out, config, MeanColour())
+    stored = load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    state = load_file(work_folder(out) / "state.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert load_checkpoint(out).spec.title == "A title"
+    plain = dataclasses.replace(SMALL, steps=7)
+    train([fake_faces], out, plain, MeanColour(), resume=True)
+    assert load_checkpoint(out).spec.title == ""
+    assert "Anna" not in (out / "config.json").read_text()
+
+
+def test_the_sheet_is_spread_over_the_folders() -> None:
+    folders = np.repeat([0, 1, 2], [100, 3, 10])
+    rows = spread_over_folders(folders, 8)
+    assert folders[rows].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert rows[[0, 3, 6]].tolist() == [0, 100, 103]
+    many = np.arange(50) // 2
+    rows = spread_over_folders(many, 8)
+    assert len(set(many[rows].tolist())) == 8
+    assert (rows % 2 == 0).all()
+    assert spread_over_folders(np.zeros(1, int), 8).tolist() == [0] * 8
+
+
+def test_the_sheet_says_that_photos_are_on_it(fake_faces: Path, tmp_path: Path) -> None:
+    train([fake_faces], tmp_path / "run", SMALL, MeanColour())
+    sheet = work_folder(tmp_path / "run") / "sheet-0000006.png"
+    assert b"compositeWithTrainedAlgorithmicMedia" in sheet.read_bytes()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
@@ -231,39 +315,6 @@ def test_ema_and_learning_rate() -> None:
     assert config.learning_rate_at(0) == pytest.approx(5e-6)
     assert config.learning_rate_at(300) == 5e-4
     assert config.learning_rate_at(1000) == pytest.approx(5e-5)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"steps": 0},
-        {"condition_dropout": 1.0},
-        {"identity_noise": -1.0},
-        {"processes": 3},
-        {"learning_rate": 0.0},
-        {"seed": -1},
-    ],
-)
-def test_settings_out_of_range(change: dict[str, Any]) -> None:
-    with pytest.raises(InputError):
-        dataclasses.replace(SMALL, **change)
-
-
-def test_shares_must_fit_the_folders() -> None:
-    with pytest.raises(InputError, match="need 2 shares"):
-        Batches(_faces(4, folders=2), dataclasses.replace(SMALL, shares=(1.0,)))
-
-
-def test_folders_without_faces(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no folder"):
-        picture_paths(tmp_path / "absent")
-    (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(InputError, match="no pictures"):
-        picture_paths(tmp_path)
-    grey = np.full((64, 64, 3), 127, np.uint8)
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    with pytest.raises(InputError, match="no picture has exactly one usable face"):
-        load_faces([tmp_path], MeanColour(), size=16, margin=1.0, jitter=1)
 
 
 def test_the_face_cache_is_private_and_used(

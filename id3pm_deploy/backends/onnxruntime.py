@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import EngineError, InputError
+from ..errors import EngineError, InputError, first_line
 from ..guidance import GuidanceTable
 from ..optional import require
 from ..solvers import STEP_WIDTH
@@ -53,7 +53,7 @@ def make_session(graph: bytes, threads: int) -> Any:
     except Exception as error:  # its exceptions share no base class of their own
         raise EngineError(
             "ONNX Runtime cannot load the graph",
-            why=str(error).splitlines()[0][:300],
+            why=first_line(error),
             fix="update onnxruntime, or export the bundle again",
         ) from error
 
@@ -125,22 +125,20 @@ class OnnxRuntimeEngine(Engine):
         label = "float16 weights" if precision == "float16" else precision
         version = require("onnxruntime", extra="cpu").__version__
         super().__init__(EngineInfo("onnxruntime", version, label, "CPU"), shapes)
-        self._kept: dict[tuple[int, int], _Buffers] = {}
+        self._size = (0, 0)
         self._now: _Buffers | None = None
         self._turn = 0
 
     def close(self) -> None:
         """Drop the session and its buffers."""
-        self._kept.clear()
         self._now = None
         self._session = None
 
     def _begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
         size = (guidance.samples, guidance.unet_rows)
-        if size not in self._kept:
-            self._kept.clear()
-            self._kept[size] = _Buffers(self._session, self.shapes, *size)
-        self._now = self._kept[size]
+        if self._now is None or size != self._size:
+            self._now = _Buffers(self._session, self.shapes, *size)
+            self._size = size
         self._turn = 0
         self._now.states[0][...] = 0.0
         self._now.states[0][0] = x_t
@@ -163,7 +161,7 @@ class OnnxRuntimeEngine(Engine):
         except Exception as error:  # its exceptions share no base class of their own
             raise EngineError(
                 "ONNX Runtime failed in a table row",
-                why=str(error).splitlines()[0][:300],
+                why=first_line(error),
                 fix="use a smaller batch if memory is short",
             ) from error
         self._turn = 1 - self._turn

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import EngineError
+from ..errors import EngineError, first_line
 from ..guidance import GuidanceTable
 from ..reference.step import Precision, step_module
 from ..reference.unet import IdentityUNet
@@ -40,7 +40,7 @@ class TorchEngine(Engine):
         except (RuntimeError, AssertionError) as error:
             raise EngineError(
                 f"PyTorch cannot use the device {device!r}",
-                why=str(error).splitlines()[0],
+                why=first_line(error),
                 fix="use --device cpu",
             ) from error
         self._module: Any = module
@@ -73,8 +73,16 @@ class TorchEngine(Engine):
     def _run(self, step: Float32, noise: Float32 | None) -> Float32:
         drawn = self._zero_noise if noise is None else self._tensor(noise)
         # cuDNN's convolutions take TF32 unless told; matrix products do not.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            out = self._module(self._state, drawn, *self._constant, self._tensor(step))
+        inputs = (self._state, drawn, *self._constant, self._tensor(step))
+        try:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                out = self._module(*inputs)
+        except RuntimeError as error:
+            raise EngineError(
+                "PyTorch failed in a table row",
+                why=first_line(error),
+                fix="use a smaller batch if memory is short",
+            ) from error
         self._state, self._x0 = out.state, out.x0
         finite: Float32 = out.finite.cpu().numpy()
         return finite

@@ -6,20 +6,15 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..backends.base import step_shapes
-from ..bundle import (
-    Bundle,
-    BundleWriter,
-    EngineEntry,
-    GraphEntry,
-    bundle_writer,
-    is_bundle,
-    open_bundle,
-)
-from ..errors import BuildError, InputError
+from ..bundle import Bundle, EngineEntry, GraphEntry, is_bundle, open_bundle
+from ..bundle_writer import BundleWriter, bundle_writer
+from ..checkpoint_config import is_checkpoint, load_spec, weights_sha256
+from ..errors import BuildError, BundleError, InputError
+from ..files import beside
 from ..optional import require
 from ..progress import progress
 from ..recipes import load_recipe
@@ -73,6 +68,14 @@ def _export_recipe(name: str) -> ExportRecipe:
 def _export_with(
     checkpoint: Path, recipe: ExportRecipe, recipe_name: str, out: Path
 ) -> Bundle:
+    writer, _ = _exported(checkpoint, recipe, recipe_name, out)
+    return writer.commit()
+
+
+def _exported(
+    checkpoint: Path, recipe: ExportRecipe, recipe_name: str, out: Path
+) -> tuple[BundleWriter, GraphEntry]:
+    """A writer that holds the fresh graph; nothing is written yet."""
     from ..reference.checkpoint import load_checkpoint
     from .onnx import export_graph
 
@@ -85,95 +88,130 @@ def _export_with(
         file=writer.add_file(stem, ".onnx", exported.data),
         kind=recipe.graph,
         precision=recipe.precision,
-        opset=recipe.opset,
-        state_slots=STATE_SLOTS if recipe.graph == "step" else 0,
-        step_width=STEP_WIDTH if recipe.graph == "step" else 0,
         max_relative_error=exported.worst_error,
-        tolerance_step=recipe.tolerance_step,
-        tolerance_trajectory=recipe.tolerance_trajectory,
         golden=writer.add_file("golden", ".npz", golden_bytes(exported.golden)),
         recipe=recipe_name,
+        **_settings(recipe),
     )
     writer.add_graph(entry)
-    return writer.commit()
+    return writer, entry
+
+
+def _settings(recipe: ExportRecipe) -> dict[str, Any]:
+    """Fields of a graph's entry that the recipe and this release fix."""
+    step = recipe.graph == "step"
+    return {
+        "opset": recipe.opset,
+        "tolerance_step": recipe.tolerance_step,
+        "tolerance_trajectory": recipe.tolerance_trajectory,
+        "state_slots": STATE_SLOTS if step else 0,
+        "step_width": STEP_WIDTH if step else 0,
+    }
 
 
 def build_engine(source: Path, target: str, out: Path | None) -> BuiltEngine:
     """Build the engine of ``target`` from a CHECKPOINT or a BUNDLE.
 
+    Nothing is written before the engine is built and has passed its self-test.
+
     Args:
-        source: CHECKPOINT (exported first where the bundle lacks the graph), or BUNDLE.
+        source: CHECKPOINT (exported first where the bundle lacks an undamaged graph of
+            the recipe), or BUNDLE.
         target: Recipe in ``engines/``, or a TOML file.
         out: BUNDLE folder; None: the bundle itself, or ``SOURCE.bundle`` for a
             checkpoint.
 
     Raises:
         InputError: ``source`` is neither, or ``out`` contradicts it.
+        BundleError: A BUNDLE is damaged, or ``out`` is of another checkpoint.
         BuildError: The graph is missing or the engine cannot be built.
         ParityError: The engine fails its self-test.
     """
     recipe = load_recipe("engines", target, EngineRecipe)
+    if recipe.backend == "onnxruntime" and recipe.flavour != "cpu":
+        raise BuildError(
+            f"this release builds no engine of flavour {recipe.flavour!r}",
+            fix="use the target cpu",
+        )
     name = Path(target).stem
-    bundle, graph = _bundle_with_graph(source, recipe, out)
-    writer = BundleWriter(bundle.folder, bundle.manifest)
-    if recipe.backend == "tensorrt":
-        entry = _tensorrt_entry(writer, bundle, graph, recipe, name)
+    if is_bundle(source):
+        writer, graph = _from_bundle(source, recipe, out)
     else:
-        entry = _onnxruntime_entry(bundle, graph, recipe, name)
+        writer, graph = _from_checkpoint(source, recipe, out)
+    if recipe.backend == "tensorrt":
+        entry = _tensorrt_entry(writer, graph, recipe, name)
+    else:
+        entry = _onnxruntime_entry(writer, graph, recipe, name)
     writer.add_engine(entry)
     return BuiltEngine(writer.commit(), entry, graph)
 
 
-def _bundle_with_graph(
+def _from_bundle(
     source: Path, recipe: EngineRecipe, out: Path | None
-) -> tuple[Bundle, GraphEntry]:
-    if is_bundle(source):
-        if out is not None and out.resolve() != source.resolve():
-            raise InputError(
-                "a bundle is built in place", fix="copy it first, or leave out --out"
-            )
-        bundle = open_bundle(source)
-    else:
-        bundle = _exported(source, recipe, out)
-    graph = bundle.graph("step", recipe.precision)
-    if graph is None:
-        raise BuildError(
-            f"{bundle.folder} holds no step graph in {recipe.precision}",
-            fix=f"id3pm-deploy export CHECKPOINT --recipe {recipe.export} "
-            f"--out {bundle.folder}",
+) -> tuple[BundleWriter, GraphEntry]:
+    if out is not None and out.resolve() != source.resolve():
+        raise InputError(
+            "a bundle is built in place", fix="copy it first, or leave out --out"
         )
-    return bundle, graph
+    bundle = open_bundle(source)
+    graph = bundle.graph("step", recipe.precision)
+    fix = f"id3pm-deploy export CHECKPOINT --recipe {recipe.export} --out {source}"
+    if graph is None:
+        raise BuildError(f"{source} holds no step graph in {recipe.precision}", fix=fix)
+    if (graph.state_slots, graph.step_width) != (STATE_SLOTS, STEP_WIDTH):
+        raise BuildError(f"the graph in {source} is of another release", fix=fix)
+    return BundleWriter(source, bundle.manifest), graph
 
 
-def _exported(source: Path, recipe: EngineRecipe, out: Path | None) -> Bundle:
-    if not (source / "config.json").is_file():
+def _from_checkpoint(
+    source: Path, recipe: EngineRecipe, out: Path | None
+) -> tuple[BundleWriter, GraphEntry]:
+    if not is_checkpoint(source):
         raise InputError(
             f"{source} is neither a CHECKPOINT nor a BUNDLE",
             fix="give the folder that `train`, `export` or `build-engine` wrote",
         )
-    folder = out or source.with_name(source.name + ".bundle")
-    if is_bundle(folder) and open_bundle(folder).graph("step", recipe.precision):
-        from ..reference.checkpoint import load_spec, weights_sha256
+    folder = out or beside(source, ".bundle")
+    export = _export_recipe(recipe.export)
+    if (export.graph, export.precision) != ("step", recipe.precision):
+        raise BuildError(
+            f"the export recipe {recipe.export} makes no step graph in "
+            f"{recipe.precision}",
+            why=f"it makes a {export.graph} graph in {export.precision}",
+            fix="make `export` and `precision` of the engine's recipe agree",
+        )
+    if is_bundle(folder):
+        spec, digest = load_spec(source), weights_sha256(source)
+        writer = bundle_writer(folder, spec, digest, __version__)
+        graph = _reusable(Bundle(folder, writer.manifest), export)
+        if graph is not None:
+            return writer, graph
+    return _exported(source, export, Path(recipe.export).stem, folder)
 
-        load_spec(source)
-        bundle = open_bundle(folder)
-        if bundle.manifest.checkpoint_sha256 == weights_sha256(source):
-            return bundle
-    return export_bundle(source, recipe.export, folder)
+
+def _reusable(bundle: Bundle, recipe: ExportRecipe) -> GraphEntry | None:
+    """The bundle's graph, if the recipe would make the same and it is undamaged."""
+    graph = bundle.graph(recipe.graph, recipe.precision)
+    if graph is None or graph != dataclasses.replace(graph, **_settings(recipe)):
+        return None
+    try:
+        bundle.read(graph.file)
+        bundle.read(graph.golden)
+    except BundleError:
+        return None
+    return graph
 
 
 def _onnxruntime_entry(
-    bundle: Bundle, graph: GraphEntry, recipe: EngineRecipe, target: str
+    writer: BundleWriter, graph: GraphEntry, recipe: EngineRecipe, target: str
 ) -> EngineEntry:
-    if recipe.flavour != "cpu":
-        raise BuildError(f"this release has no engine of flavour {recipe.flavour!r}")
     from ..backends.onnxruntime import OnnxRuntimeEngine
 
     begun = time.perf_counter()
-    shapes = step_shapes(bundle.manifest.diffusion)
-    data = bundle.read(graph.file)
+    shapes = step_shapes(writer.manifest.diffusion)
+    data = writer.read(graph.file)
     with OnnxRuntimeEngine(data, shapes, graph.precision, recipe.threads) as engine:
-        error = self_test(engine, bundle, graph)
+        error = self_test(engine, writer, graph)
         version = engine.info.version
     return EngineEntry(
         target=target,
@@ -190,15 +228,11 @@ def _onnxruntime_entry(
 
 
 def _tensorrt_entry(
-    writer: BundleWriter,
-    bundle: Bundle,
-    graph: GraphEntry,
-    recipe: EngineRecipe,
-    target: str,
+    writer: BundleWriter, graph: GraphEntry, recipe: EngineRecipe, target: str
 ) -> EngineEntry:
     from .tensorrt import build_plan
 
-    plan = build_plan(bundle.read(graph.file), recipe)
+    plan = build_plan(writer.read(graph.file), recipe)
     return EngineEntry(
         target=target,
         backend=recipe.backend,
@@ -212,4 +246,5 @@ def _tensorrt_entry(
         layer_types=plan.layer_types,
         build_seconds=round(plan.build_seconds, 3),
         peak_memory_bytes=plan.peak_memory_bytes,
+        warnings=plan.warnings,
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..backends.base import STEP_INPUTS, STEP_OUTPUTS, step_shapes
 from ..backends.onnxruntime import make_session
 from ..compare import compare
-from ..errors import BuildError, ParityError, RecipeError
+from ..errors import BuildError, ParityError, RecipeError, first_line
 from ..guidance import guidance_table
 from ..noise import batch_normals
 from ..reference.step import half_body, step_module
@@ -237,7 +237,7 @@ def _traced(
     except Exception as error:  # torch's exporter wraps failures of many kinds
         raise BuildError(
             "PyTorch cannot export this model to ONNX",
-            why=str(error).strip().splitlines()[0][:300],
+            why=first_line(error),
             fix="report it with the checkpoint's config.json",
         ) from error
     assert program is not None

@@ -24,6 +24,7 @@ _TENSORRT_ONLY = (
     "static_samples",
     "static_guided_samples",
     "dynamic_samples",
+    "dynamic_rows_per_sample",
     "compute_capabilities",
     "workspace_bytes",
     "optimization_level",
@@ -54,11 +55,6 @@ class Profile:
                     why=f"they are {list(sizes)}",
                     fix="give the fewest, the usual and the most, in this order",
                 )
-
-    @property
-    def is_static(self) -> bool:
-        """Whether it holds one size alone."""
-        return len({*self.samples}) == len({*self.rows}) == 1
 
     def to_json(self) -> dict[str, Any]:
         """``{"samples": [min, opt, max], "rows": [min, opt, max]}``."""

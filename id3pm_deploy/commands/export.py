@@ -33,8 +33,9 @@ def command(
     from dataclasses import asdict
 
     from ..builders.build import export_bundle, export_unet
+    from ..files import beside
 
-    folder = out or checkpoint.with_name(checkpoint.name + ".bundle")
+    folder = out or beside(checkpoint, ".bundle")
     make = export_unet if graph == "unet" else export_bundle
     bundle = make(checkpoint, recipe, folder)
     entry = bundle.manifest.graphs[-1]

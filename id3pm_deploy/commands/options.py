@@ -8,15 +8,11 @@ from typing import Any, TypeVar
 
 import click
 
+from ..defaults import GUIDANCE, SOLVER, SOLVERS, SPACINGS, STEPS, VARIANCES
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path)
-
-SOLVERS = ("ddpm", "ddim", "dpmpp-2m")
-SPACINGS = ("linspace", "linspace_open", "leading", "trailing")
-DEFAULT_SOLVER = "dpmpp-2m"
-DEFAULT_STEPS = 20
-DEFAULT_GUIDANCE = 2.0
 
 
 def option(*names: str, **rest: Any) -> Callable[[F], F]:
@@ -29,9 +25,9 @@ def sampling_options(function: F) -> F:
     made = function
     for add in reversed(
         [
-            option("--solver", default=DEFAULT_SOLVER, type=click.Choice(SOLVERS)),
-            option("--steps", default=DEFAULT_STEPS, help="Solver steps."),
-            option("--guidance", default=DEFAULT_GUIDANCE, help="Guidance scale."),
+            option("--solver", default=SOLVER, type=click.Choice(SOLVERS)),
+            option("--steps", default=STEPS, help="Solver steps."),
+            option("--guidance", default=GUIDANCE, help="Guidance scale."),
             option(
                 "--guide-variance", is_flag=True, help="Guide learned variance too."
             ),
@@ -46,6 +42,11 @@ def sampling_options(function: F) -> F:
                 type=float,
                 help="Start at this half log-SNR.  [default: -5.1; none for ddpm]",
             ),
+            option(
+                "--variance",
+                type=click.Choice(VARIANCES),
+                help="Of ddpm.  [default: learned if there is, else fixed_small]",
+            ),
             option("--clip", default=1.0, help="Bound of the predicted x0; 0: none."),
             option("--seed", default=0, help="Seed of all noise."),
         ]
@@ -59,4 +60,18 @@ def solver_settings(values: dict[str, Any]) -> Any:
     from ..solvers import SolverSettings
 
     names = ("solver", "steps", "spacing", "lambda_min", "clip", "eta")
-    return SolverSettings(**{name: values[name] for name in names})
+    chosen = {name: values[name] for name in names}
+    return SolverSettings(**chosen, variance=values["variance"])
+
+
+def sample_settings(values: dict[str, Any], **rest: Any) -> Any:
+    """SampleSettings from a command's options."""
+    from ..generate import SampleSettings
+
+    return SampleSettings(
+        solver=solver_settings(values),
+        guidance=values["guidance"],
+        guide_variance=values["guide_variance"],
+        seed=values["seed"],
+        **rest,
+    )

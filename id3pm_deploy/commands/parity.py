@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
+from ..defaults import BACKENDS, COUNT
 from ..errors import InputError, ParityError
-from .options import PATH, option, sampling_options, solver_settings
+from .options import PATH, option, sample_settings, sampling_options
 
 
 @click.command(name="parity")
@@ -18,10 +19,8 @@ from .options import PATH, option, sampling_options, solver_settings
 @click.option("--identity", type=PATH, metavar="FILE.npz", help="[default: random]")
 @click.option("--out", required=True, type=PATH, help="Folder for the report.")
 @sampling_options
-@option("--count", default=4, help="Pictures of each identity.")
-@option(
-    "--backend", default="auto", type=click.Choice(["auto", "onnxruntime", "torch"])
-)
+@option("--count", default=COUNT, help="Pictures of each identity.")
+@option("--backend", default="auto", type=click.Choice(BACKENDS))
 @option("--precision", type=click.Choice(["float32", "float16"]), help="If several.")
 @option("--threads", default=0, help="CPU threads; 0 leaves the runtime's choice.")
 @option("--device", default="cpu", help="Device of the torch backend.")
@@ -55,17 +54,10 @@ def command(
 
     require("torch", extra="export")
     require("diffusers", extra="export")
-    from ..generate import SampleSettings
     from ..models import open_engine, open_model
     from ..parity_run import ParityRequest, parity_to_folder
 
-    settings = SampleSettings(
-        solver=solver_settings(values),
-        guidance=values["guidance"],
-        guide_variance=values["guide_variance"],
-        seed=values["seed"],
-        count=count,
-    )
+    settings = sample_settings(values, count=count)
     opened = open_model(model)
     if opened.bundle is not None and reference is None:
         raise InputError(

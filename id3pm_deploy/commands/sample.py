@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
+from ..defaults import BACKENDS, BATCH_SIZE, COUNT
 from ..errors import InputError
-from .options import PATH, option, sampling_options, solver_settings
+from .options import PATH, option, sample_settings, sampling_options
 
 
 @click.command(name="sample")
@@ -18,18 +19,22 @@ from .options import PATH, option, sampling_options, solver_settings
 @click.option("--unconditional", is_flag=True, help="No identity: the null vector.")
 @click.option("--out", required=True, type=PATH, help="Folder for the pictures.")
 @sampling_options
-@option("--count", default=4, help="Pictures of each identity.")
-@option("--batch-size", default=8, help="Pictures made at once; cannot change them.")
+@option("--count", default=COUNT, help="Pictures of each identity.")
+@option(
+    "--batch-size",
+    default=BATCH_SIZE,
+    help="Pictures made at once; cannot change them.",
+)
 @option(
     "--backend",
     default="auto",
-    type=click.Choice(["auto", "onnxruntime", "tensorrt", "torch"]),
+    type=click.Choice(BACKENDS),
     help="auto: onnxruntime for a BUNDLE, torch for a CHECKPOINT.",
 )
 @option("--precision", type=click.Choice(["float32", "float16"]), help="If several.")
 @option("--threads", default=0, help="CPU threads; 0 leaves the runtime's choice.")
 @option("--device", default="cpu", help="Device of the torch backend.")
-@click.option("--force", is_flag=True, help="Replace the folder if it is not empty.")
+@click.option("--force", is_flag=True, help="Replace an earlier run in OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run record.")
 def command(
     model: Path,
@@ -56,36 +61,19 @@ def command(
             "give either --identity FILE.npz or --unconditional",
             fix="make the file with `id3pm-deploy embed PHOTO --out FILE.npz`",
         )
-    from ..generate import (
-        SampleSettings,
-        check_output,
-        conditions,
-        make_pictures,
-        save_pictures,
-    )
+    from ..generate import check_output, conditions, sample_to_folder
     from ..identity.vectors import load_identities
     from ..models import open_engine, open_model
-    from ..progress import progress
 
-    settings = SampleSettings(
-        solver=solver_settings(values),
-        guidance=values["guidance"],
-        guide_variance=values["guide_variance"],
-        seed=values["seed"],
-        count=count,
-        batch_size=batch_size,
-    )
+    settings = sample_settings(values, count=count, batch_size=batch_size)
     opened = open_model(model)
     file = None if identity is None else load_identities(identity)
     wanted = conditions(opened.spec, file, count)
     check_output(out, force=force)
-    batches = -(-len(wanted.ids) // batch_size)
     engine = open_engine(
         opened, backend, precision=precision, threads=threads, device=device
     )
-    with engine, progress(batches * settings.solver.steps, "sampling") as tick:
-        made = make_pictures(engine, opened, settings, wanted, lambda _: tick())
-        record = save_pictures(out, made, settings, engine, opened, wanted)
+    made, record = sample_to_folder(out, opened, engine, settings, wanted, force=force)
     if as_json:
         click.echo(json.dumps(record))
         return

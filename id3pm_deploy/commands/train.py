@@ -57,7 +57,18 @@ def _numbers(kind: type) -> Any:
 @option("--compile/--no-compile", default=False, help="Use torch.compile.")
 @option("--device", default="cpu")
 @option("--processes", default=1, help="CPU processes that share each batch.")
-@option("--threads", default=0, help="Threads a process; 0: torch's choice.")
+@option(
+    "--threads",
+    default=0,
+    help="Threads a process; 0: torch's choice, or 1 each of several processes.",
+)
+@option(
+    "--storage",
+    default="float32",
+    type=click.Choice(["float32", "float16"]),
+    help="How CHECKPOINT keeps its weights; the state is float32.",
+)
+@click.option("--title", default="", help="Title in CHECKPOINT.  [default: none]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     faces: tuple[Path, ...],
@@ -82,30 +93,29 @@ def command(
     require("diffusers", extra="train")
     from ..identity.embedders import load_embedder
     from ..training.config import TrainingConfig
-    from ..training.loop import train, work_folder
+    from ..training.loop import work_folder
+    from ..training.run import train
 
     config = TrainingConfig(**settings)
-    tensors = None
-    if initial is not None:
-        from ..reference.checkpoint import load_checkpoint
-
-        tensors = load_checkpoint(initial).network.state_dict()
     embedder = load_embedder(fr_model)
+    if embedder.notice:
+        click.echo(f"warning: {embedder.notice}", err=True)
     result = train(
         list(faces),
         out,
         config,
         embedder,
         resume=resume,
-        initial=tensors,
+        initial=initial,
         threads=threads,
     )
     if as_json:
         click.echo(json.dumps(asdict(result)))
         return
+    loss = "nothing left to do" if result.loss is None else f"loss {result.loss:.4f}"
     click.echo(f"checkpoint   {out}")
     click.echo(
         f"trained      {result.steps} steps on {result.faces} faces "
-        f"({result.skipped} pictures skipped), loss {result.loss:.4f}"
+        f"({result.skipped} pictures skipped), {loss}"
     )
     click.echo(f"work folder  {work_folder(out)} (personal data: delete it when done)")

@@ -18,7 +18,7 @@ from .embedders import Embedder
 from .vectors import Float32Array, IdentityFile, identity_file
 
 MAX_PIXELS = 100_000_000
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 
 def read_photo(path: Path) -> Image:
@@ -35,7 +35,7 @@ def read_photo(path: Path) -> Image:
         with warnings.catch_warnings():
             # Pillow warns about large pictures and odd metadata; the limit is ours.
             warnings.simplefilter("ignore")
-            with Pillow.open(path, formats=_FORMATS) as picture:
+            with Pillow.open(path, formats=FORMATS) as picture:
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise _unreadable(path, f"it is {width}x{height} pixels")

@@ -1,19 +1,19 @@
 """Black-box face recognition models: aligned crops in, raw vectors out.
 
 Nothing here looks inside a model: a file's SHA-256 is its identity, and a Python
-callable has none.
+callable has none. One file fed other pixels is another function, so a preprocessing
+that is not the file's usual one is hashed as well, see
+:func:`~id3pm_deploy.identity.preprocessing.function_sha256`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import parse_qsl
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from ..errors import IdentityError, InputError
 from ..optional import require
 from .alignment import ARCFACE_SIZE, packaged_model, quiet_cv2
+from .preprocessing import InputSpec, function_sha256, onnx_options
 
 Image = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
@@ -38,7 +39,8 @@ class Embedder(ABC):
 
     Attributes:
         name: What identity files and checkpoints call it.
-        sha256: SHA-256 of its file, or None for a callable.
+        sha256: What :func:`function_sha256` makes of its file and preprocessing,
+            mostly just the file's SHA-256; None for a callable.
         size: Side of the aligned crops it takes best, in pixels.
         notice: Something the user should be told, or empty.
     """
@@ -96,7 +98,7 @@ class SFaceEmbedder(Embedder):
         path = packaged_model(SFACE_FILE) if model is None else Path(model)
         data = _model_bytes(path)
         self.name = "sface"
-        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.sha256 = function_sha256(data, InputSpec(mean=0.0, std=1.0))
         with quiet_cv2() as cv2:
             try:
                 buffer = np.frombuffer(data, dtype=np.uint8)
@@ -119,32 +121,13 @@ class SFaceEmbedder(Embedder):
         return np.stack(rows)
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """How an ONNX FR model wants its pixels: ``(pixel - mean) / std``, 0 to 255."""
-
-    mean: float = 127.5
-    std: float = 127.5
-    order: str = "rgb"
-    size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.order not in ("rgb", "bgr"):
-            raise InputError(f"unknown channel order {self.order!r}", fix="rgb or bgr")
-        if not (np.isfinite(self.mean) and np.isfinite(self.std) and self.std > 0):
-            raise InputError(f"mean {self.mean} and std {self.std} are unusable")
-        if self.size is not None and not 16 <= self.size <= 1024:
-            raise InputError(
-                f"input size {self.size} is out of range", fix="16 to 1024"
-            )
-
-
 class OnnxEmbedder(Embedder):
     """Any ArcFace-style ONNX file with one picture input and vectors as first output.
 
     NCHW or NHWC is read from the input's shape; a fixed batch is filled up, a free
     one runs one face at a time, so that a vector never depends on its neighbours.
-    The weights must be inside the file: its SHA-256 stands for the whole model.
+    The weights must be inside the file: its SHA-256 stands for the whole model, and
+    covers a preprocessing that is not the default (:func:`function_sha256`).
 
     Args:
         path: The ONNX file.
@@ -163,14 +146,19 @@ class OnnxEmbedder(Embedder):
     ) -> None:
         data = _model_bytes(Path(path))
         self.name = name or Path(path).stem
-        self.sha256 = hashlib.sha256(data).hexdigest()
         self._spec = spec or InputSpec()
         self._session = _session(data, Path(path), threads)
-        self._read_shape(Path(path))
+        chosen = self._read_shape(Path(path)) and self.size != ARCFACE_SIZE
+        shown = replace(self._spec, size=self.size if chosen else None)
+        self.sha256 = function_sha256(data, shown)
         self._dim: int | None = None
 
-    def _read_shape(self, path: Path) -> None:
-        """Layout, size and batch from the model's only input."""
+    def _read_shape(self, path: Path) -> bool:
+        """Layout, size and batch from the model's only input.
+
+        Returns:
+            Whether the model leaves the size open.
+        """
         inputs = self._session.get_inputs()
         shape = list(inputs[0].shape) if len(inputs) == 1 else []
         if len(shape) != 4 or 3 not in (shape[1], shape[3]):
@@ -196,6 +184,7 @@ class OnnxEmbedder(Embedder):
             )
         self.size = fixed[0] if fixed else self._spec.size or ARCFACE_SIZE
         self._batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else 1
+        return not fixed
 
     @property
     def dim(self) -> int:
@@ -283,7 +272,7 @@ def load_embedder(spec: str = "sface", *, threads: int | None = None) -> Embedde
         return SFaceEmbedder()
     path, _, query = spec.removeprefix("onnx:").partition("?")
     if spec.startswith("onnx:") or path.lower().endswith(".onnx"):
-        options, name = _onnx_options(query)
+        options, name = onnx_options(query)
         return OnnxEmbedder(Path(path), options, name=name, threads=threads)
     if _CALLABLE.fullmatch(spec):
         return CallableEmbedder(spec)
@@ -357,28 +346,6 @@ def _session(data: bytes, path: Path, threads: int | None) -> Any:
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own classes are not public
         raise _not_loadable(path, error) from error
-
-
-def _onnx_options(query: str) -> tuple[InputSpec, str | None]:
-    """The part after ``?`` of an ONNX spec."""
-    pairs = parse_qsl(query, keep_blank_values=True)
-    values = dict(pairs)
-    unknown = sorted(set(values) - {"mean", "std", "order", "size", "name"})
-    if unknown or len(values) != len(pairs) or (query and not pairs):
-        raise InputError(
-            f"cannot read the FR model options {query!r}",
-            why=f"unknown: {', '.join(unknown)}" if unknown else "given twice or empty",
-            fix="use mean=, std=, order=rgb|bgr, size= and name=, joined by &",
-        )
-    try:
-        size = int(values["size"]) if "size" in values else None
-        mean, std = (float(values.get(key, 127.5)) for key in ("mean", "std"))
-    except ValueError as error:
-        raise InputError(
-            f"an FR model option in {query!r} is not a number", why=str(error)
-        ) from error
-    spec = InputSpec(mean=mean, std=std, order=values.get("order", "rgb"), size=size)
-    return spec, values.get("name") or None
 
 
 def _imported(spec: str) -> Any:

@@ -140,7 +140,6 @@ def save_identities(path: Path, file: IdentityFile) -> None:
     with atomic_path(path, 0o600) as temporary, open(temporary, "wb") as handle:
         np.savez(
             handle,
-            allow_pickle=False,
             format_version=np.int64(FORMAT_VERSION),
             vectors=np.ascontiguousarray(file.vectors),
             ids=np.array(file.ids, dtype=np.str_),
@@ -285,6 +284,9 @@ def check_identities(
 ) -> None:
     """Refuse vectors that are not of the FR model a checkpoint was trained on.
 
+    An equal SHA-256 decides: a file that was renamed is still the same model. Names
+    are compared where it does not.
+
     Args:
         file: The vectors.
         dim: Length of a vector the checkpoint expects.
@@ -292,12 +294,13 @@ def check_identities(
         model_sha256: Its SHA-256; None compares the name only.
 
     Raises:
-        IdentityError: Name, hash or dimension differ, or the checkpoint's FR model
-            has a hash and the file's has none.
+        IdentityError: The hash or the dimension differs, or the name where no hash
+            settles it, or the checkpoint's FR model has a hash and the file's none.
     """
     what = "these identity vectors are of another FR model than the checkpoint's"
     fix = f"embed the photo again with the FR model {model_name!r}"
-    if file.model_name != model_name:
+    same = model_sha256 is not None and file.model_sha256 == model_sha256
+    if not same and file.model_name != model_name:
         why = f"they are of {file.model_name!r}, the checkpoint of {model_name!r}"
         raise IdentityError(what, why=why, fix=fix)
     if model_sha256 is not None and file.model_sha256 is None:
@@ -307,7 +310,7 @@ def check_identities(
             "model, and the vectors have none (they were made by a Python callable)",
             fix=fix,
         )
-    if model_sha256 is not None and file.model_sha256 != model_sha256:
+    if model_sha256 is not None and not same:
         theirs = (file.model_sha256 or "")[:16]
         why = f"the models' SHA-256 differ: {theirs}… and {model_sha256[:16]}…"
         raise IdentityError(what, why=why, fix=fix)

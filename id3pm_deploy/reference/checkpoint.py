@@ -5,28 +5,29 @@ Loading runs no code from the folder: JSON and safetensors only, never pickle.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import safetensors
 import torch
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from ..errors import CheckpointError, RecipeError
-from ..files import atomic_path, json_text, make_folder, sha256_of_file, write_bytes
-from ..recipes import dataclass_from_mapping
+from ..checkpoint_config import (
+    CONFIG_NAME,
+    FORMAT,
+    FORMAT_VERSION,
+    WEIGHTS_NAME,
+    load_spec,
+    weights_sha256,
+)
+from ..errors import CheckpointError
+from ..files import atomic_path, json_text, make_folder, write_bytes
 from ..spec import DiffusionSpec
 from .unet import IdentityUNet
 
-FORMAT = "id3pm-checkpoint"
-FORMAT_VERSION = 1
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-_MAX_CONFIG_BYTES = 1 << 20
 _STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,65 +38,6 @@ class Checkpoint:
     spec: DiffusionSpec
     network: IdentityUNet
     weights_sha256: str
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether ``folder`` says it is a CHECKPOINT (nothing is verified)."""
-    return (folder / CONFIG_NAME).is_file()
-
-
-def load_spec(folder: Path) -> DiffusionSpec:
-    """Read and check ``config.json`` alone.
-
-    Raises:
-        CheckpointError: No such folder or file, not JSON, another format or version,
-            or contradictory facts.
-    """
-    path = folder / CONFIG_NAME
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} is too large to be a config")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} is not a checkpoint folder",
-            why=f"{CONFIG_NAME}: {error.strerror or error}",
-            fix="give the folder that `id3pm-deploy train` wrote",
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON", why=str(error)) from error
-    return _spec_from_json(values, str(path))
-
-
-def _spec_from_json(values: Any, where: str) -> DiffusionSpec:
-    if not isinstance(values, Mapping) or values.get("format") != FORMAT:
-        raise CheckpointError(f"{where} does not describe an ID3PM checkpoint")
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{where} has format version {version!r}; this release reads "
-            f"{FORMAT_VERSION}",
-            fix="update id3pm-deploy",
-        )
-    rest = {k: v for k, v in values.items() if k not in ("format", "format_version")}
-    try:
-        return dataclass_from_mapping(DiffusionSpec, rest, where)
-    except RecipeError as error:
-        raise CheckpointError(error.what, why=error.why, fix=error.fix) from error
-
-
-def weights_sha256(folder: Path) -> str:
-    """SHA-256 of the weights file, which stands for the checkpoint in records.
-
-    Raises:
-        CheckpointError: There is no weights file.
-    """
-    try:
-        return sha256_of_file(folder / WEIGHTS_NAME)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read {folder / WEIGHTS_NAME}", why=error.strerror or str(error)
-        ) from error
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -115,7 +57,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     _check_tensors(tensors, network.state_dict(), path)
     own = {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
     network.load_state_dict(own, assign=True)
-    return Checkpoint(spec, network.eval(), sha256_of_file(path))
+    return Checkpoint(spec, network.eval(), weights_sha256(folder))
 
 
 def _empty_network(spec: DiffusionSpec, path: Path) -> IdentityUNet:
@@ -210,13 +152,3 @@ def save_checkpoint(
     with atomic_path(folder / CONFIG_NAME) as config_file:
         config_file.write_text(text, encoding="utf-8")
         write_bytes(folder / WEIGHTS_NAME, data)
-
-
-def checkpoint_or_error(folder: Path) -> Path:
-    """``folder`` if it can be a checkpoint, else a clear error."""
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"there is no folder {folder}", fix="give a CHECKPOINT folder"
-        )
-    load_spec(folder)
-    return folder

@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from ..errors import InputError
 from ..spec import Normalisation, PredictionType
+
+_MOST = 1_000_000_000
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "image_size": (8, 4096),
+    "base_channels": (2, 4096),
+    "residual_blocks": (1, 64),
+    "num_head_channels": (1, 4096),
+    "steps": (1, _MOST),
+    "batch_size": (1, 65536),
+    "learning_rate": (1e-12, 10.0),
+    "final_learning_rate": (0.0, 10.0),
+    "warmup_steps": (0, _MOST),
+    "weight_decay": (0.0, 10.0),
+    "gradient_clip": (1e-9, 1e9),
+    "identity_noise": (0.0, 4.0),
+    "identity_jitter": (1, 64),
+    "crop_margin": (1.0, 4.0),
+    "seed": (0, 2**63 - 1),
+    "save_every": (1, _MOST),
+    "sheet_every": (1, _MOST),
+    "processes": (1, 256),
+}
+_CHOICES = {
+    "prediction_type": ("epsilon", "x0", "v"),
+    "schedule": ("cosine", "linear"),
+    "normalisation": ("raw", "unit", "unit_sqrt_dim"),
+    "storage": ("float32", "float16"),
+}
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d{1,3})?")
+
+
+def _refused(name: str, wanted: str, value: Any) -> InputError:
+    return InputError(
+        f"{name.replace('_', ' ')} must be {wanted}", why=f"it is {value!r}"
+    )
 
 
 @dataclass(frozen=True)
@@ -17,7 +54,11 @@ class TrainingConfig:
     norm; it keeps a small data set from being learned by heart. ``identity_jitter``
     is how many slightly shifted crops of each face are embedded for the same reason.
     ``processes`` share each batch between them on a CPU: one a core is faster and
-    steadier there than one process with as many threads.
+    steadier there than one process with as many threads. ``storage`` is of the
+    CHECKPOINT's weights, which carries ``title``; the state is always float32.
+
+    Raises:
+        InputError: A value is out of its range, or two contradict each other.
     """
 
     image_size: int = 32
@@ -50,32 +91,47 @@ class TrainingConfig:
     compile: bool = False
     device: str = "cpu"
     processes: int = 1
+    storage: Literal["float32", "float16"] = "float32"
+    title: str = ""
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "learning_rate", "save_every", "sheet_every")
-        for name in (*positive, "identity_jitter", "image_size", "gradient_clip"):
-            if not getattr(self, name) > 0:
-                raise InputError(
-                    f"{name.replace('_', ' ')} must be above 0",
-                    why=f"it is {getattr(self, name)}",
+        for name, (low, high) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:  # NaN fails as well
+                raise _refused(name, f"from {low} to {high}", value)
+        for name in ("condition_dropout", "ema_decay", "model_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise _refused(name, "in [0, 1)", getattr(self, name))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise _refused(
+                    name, f"one of {', '.join(choices)}", getattr(self, name)
                 )
-        if self.processes < 1 or self.batch_size % self.processes:
+        self._check_lists()
+        if len(self.title) > 200 or not (self.title + " ").isprintable():
+            raise _refused("title", "at most 200 printable characters", self.title)
+        if not _DEVICE.fullmatch(self.device):
+            raise _refused("device", "such as cpu, cuda or cuda:1", self.device)
+        if self.batch_size % self.processes:
             raise InputError(
                 "the batch size must be a multiple of the processes",
                 why=f"they are {self.batch_size} and {self.processes}",
             )
         if self.processes > 1 and self.device != "cpu":
             raise InputError("several processes are for training on a CPU")
-        for name in ("condition_dropout", "ema_decay", "model_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InputError(
-                    f"{name.replace('_', ' ')} must be in [0, 1)",
-                    why=f"it is {getattr(self, name)}",
-                )
-        if not 0 <= self.identity_noise <= 4 or not 1 <= self.crop_margin <= 4:
-            raise InputError("identity noise must be in [0, 4], crop margin in [1, 4]")
-        if self.seed < 0 or self.warmup_steps < 0:
-            raise InputError("seed and warm-up steps cannot be negative")
+
+    def _check_lists(self) -> None:
+        for name in ("channel_multipliers", "attention_resolutions"):
+            values = getattr(self, name)
+            if len(values) > 16 or not all(1 <= value <= 4096 for value in values):
+                raise _refused(name, "at most 16 numbers from 1 to 4096", list(values))
+        if not self.channel_multipliers:
+            raise _refused("channel_multipliers", "at least one number", "none")
+        usable = all(0 <= share <= 1e9 for share in self.shares)
+        if not usable or (self.shares and not sum(self.shares) > 0):
+            raise _refused(
+                "shares", "numbers from 0 on, one of them above", list(self.shares)
+            )
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, a plateau for half of the run, then a straight line down."""

@@ -1,13 +1,16 @@
 """From folders of pictures to aligned faces and their identity vectors.
 
 Every face is found, aligned and embedded once; its mirror image is embedded on its
-own, because an FR model does not see the two as the same picture. The result may be
+own, because an FR model does not see the two as the same picture. A file that is no
+picture is refused by name before the first face is embedded; one that turns out to be
+damaged while it is decoded is skipped like a picture without a face. The result may be
 kept in a cache file that only its owner can read (mode 0600).
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image as Pillow
 
 from ..errors import FaceError, InputError
 from ..files import atomic_path
 from ..identity.alignment import FaceDetector, align
-from ..identity.embed import read_photo
+from ..identity.embed import FORMATS, MAX_PIXELS, read_photo
 from ..identity.embedders import Embedder
 from ..progress import progress
 
@@ -36,7 +40,7 @@ class TrainingFaces:
         pictures: [n, 2, S, S, 3] uint8 RGB; index 1 of axis 1 is the mirror image.
         vectors: [n, 2, J, D] float32, raw identity vectors of J shifted crops each.
         folders: [n] int64, which of the given folders a face came from.
-        skipped: How many pictures had no single usable face.
+        skipped: How many pictures had no single usable face or were damaged.
     """
 
     pictures: npt.NDArray[np.uint8]
@@ -49,19 +53,51 @@ class TrainingFaces:
 
 
 def picture_paths(folder: Path) -> list[Path]:
-    """Pictures in ``folder`` and below, sorted.
+    """Picture files in ``folder`` and below, sorted; broken links do not count.
 
     Raises:
         InputError: No such folder, or no picture in it.
     """
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}", fix="give a folder of faces")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
     if not found:
         raise InputError(
             f"{folder} holds no pictures", fix=f"put {', '.join(SUFFIXES)} files in it"
         )
     return found
+
+
+def check_pictures(paths: Sequence[Path]) -> None:
+    """Look at all pictures without decoding them: some seconds for a thousand.
+
+    Raises:
+        InputError: Some are no pictures, or too large; the first of them is named.
+    """
+    bad = []
+    for path in paths:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of large pictures and odd metadata
+                with Pillow.open(path, formats=FORMATS) as picture:
+                    width, height = picture.size
+                    picture.verify()
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"it is {width}x{height} pixels")
+        except Exception as error:  # Pillow's decoders raise almost anything
+            why = getattr(error, "strerror", None) or str(error).split(" '")[0]
+            bad.append((path, why))
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise InputError(
+            f"{bad[0][0]}{more} cannot be read as pictures",
+            why=bad[0][1],
+            fix="remove them, or put complete pictures in their place",
+        )
 
 
 def load_faces(
@@ -76,7 +112,8 @@ def load_faces(
 ) -> TrainingFaces:
     """Find, align and embed every face in ``folders``.
 
-    A picture without exactly one usable face is skipped and counted.
+    A picture without exactly one usable face is skipped and counted, and so is one
+    whose header is sound and whose pixels cannot be decoded.
 
     Args:
         folders: Folders of pictures, searched with their subfolders.
@@ -88,12 +125,14 @@ def load_faces(
         cache: Where to keep the result, or find it again.
 
     Raises:
-        InputError: A folder is missing or empty, or no picture has a usable face.
+        InputError: A folder is missing or empty, a file is no picture (found before
+            anything is embedded), or no picture has a usable face.
     """
     paths = [(i, p) for i, folder in enumerate(folders) for p in picture_paths(folder)]
     key = _cache_key(paths, embedder, (size, margin, jitter, seed))
     if cache is not None and (kept := _read_cache(cache, key)) is not None:
         return kept
+    check_pictures([path for _, path in paths])
     detector = FaceDetector()
     rng = np.random.default_rng(seed)
     pictures, vectors, sources = [], [], []
@@ -133,7 +172,10 @@ def _one_face(
     jitter: int,
     rng: np.random.Generator,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    rgb = read_photo(path)
+    try:
+        rgb = read_photo(path)
+    except InputError as error:  # damaged behind its header, or gone by now
+        raise FaceError(error.what, why=error.why) from error
     points = detector.find_face(rgb).points
     picture = align(rgb, points, size, margin)
     crops = []
@@ -168,7 +210,7 @@ def _read_cache(path: Path, key: str) -> TrainingFaces | None:
                 kept["folders"],
                 int(kept["skipped"]),
             )
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 

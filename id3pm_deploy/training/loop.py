@@ -3,45 +3,42 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
-import torch.multiprocessing
 from torch import Tensor
 
 from ..errors import InputError, TrainingError
-from ..files import atomic_path, make_folder, write_json
-from ..identity.embedders import Embedder
+from ..files import atomic_path, beside
 from ..identity.vectors import normalise_identities
 from ..progress import progress
 from ..reference.checkpoint import save_checkpoint
 from ..reference.unet import IdentityUNet
 from ..schedule import noise_schedule
-from ..spec import DiffusionSpec, IdentitySpec, ModelSpec, ScheduleSpec
+from ..spec import DiffusionSpec
 from .config import TrainingConfig
-from .faces import TrainingFaces, load_faces
+from .faces import TrainingFaces
 from .sheet import save_training_sheet
-from .state import STATE_NAME, Ema, load_state, save_state
+from .state import Ema, load_state, save_state
 
 LOG_NAME = "log.jsonl"
-SETTINGS_NAME = "settings.json"
-CACHE_NAME = "faces.npz"
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run did: steps in all, the last smoothed loss, seconds of this call."""
+    """What a run did: steps in all, the last smoothed loss, seconds of this call.
+
+    ``loss`` is None where a resumed run had no step left to do.
+    """
 
     steps: int
-    loss: float
+    loss: float | None
     seconds: float
     faces: int
     skipped: int
@@ -49,34 +46,7 @@ class TrainingResult:
 
 def work_folder(checkpoint: Path) -> Path:
     """Where a run keeps its state, log, sheets and face cache: beside the output."""
-    return checkpoint.with_name(checkpoint.name + ".training")
-
-
-def diffusion_spec(config: TrainingConfig, embedder: Embedder) -> DiffusionSpec:
-    """The facts of the model that ``config`` and ``embedder`` make."""
-    model = ModelSpec(
-        image_size=config.image_size,
-        base_channels=config.base_channels,
-        channel_multipliers=config.channel_multipliers,
-        residual_blocks=config.residual_blocks,
-        attention_resolutions=config.attention_resolutions,
-        num_head_channels=config.num_head_channels,
-        dropout=config.model_dropout,
-        resblock_updown=config.resblock_updown,
-    )
-    identity = IdentitySpec(
-        dim=embedder.dim,
-        model_name=embedder.name,
-        model_sha256=embedder.sha256,
-        normalisation=config.normalisation,
-    )
-    schedule = ScheduleSpec(name=config.schedule)  # type: ignore[arg-type]
-    return DiffusionSpec(
-        model=model,
-        identity=identity,
-        schedule=schedule,
-        prediction_type=config.prediction_type,
-    )
+    return beside(checkpoint, ".training")
 
 
 class Batches:
@@ -95,7 +65,7 @@ class Batches:
             faces.vectors.reshape(-1, dim), config.normalisation
         )
         self.vectors = flat.reshape(n, flips, jitter, dim)
-        self.weights = _face_weights(faces.folders, config.shares)
+        self.weights = face_weights(faces.folders, config.shares)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Pictures [N, 3, S, S] in [-1, 1] and conditions [N, D] of ``step``."""
@@ -117,17 +87,34 @@ class Batches:
         return x0, torch.from_numpy(vectors.astype(np.float32))
 
 
-def _face_weights(folders: Any, shares: Sequence[float]) -> Any:
-    """Probability of each face, so that folder i is drawn with share i."""
+def face_weights(folders: Any, shares: Sequence[float]) -> Any:
+    """Probability of each face, so that folder i is drawn with share i.
+
+    Args:
+        folders: [n] int, the folder each face came from.
+        shares: One number a folder; none: as many faces as each has.
+
+    Returns:
+        float64 [n], of sum 1.
+
+    Raises:
+        InputError: Too few shares, or only folders without a usable face have one.
+    """
     counts = np.bincount(folders)
     wanted = np.array(shares or counts, dtype=np.float64)
-    if len(wanted) < len(counts) or (wanted < 0).any() or wanted.sum() == 0:
+    if len(wanted) < len(counts):
         raise InputError(
             f"{len(counts)} folders of faces need {len(counts)} shares",
             why=f"given: {list(shares)}",
             fix="give one share of at least 0 for each folder",
         )
     weights = (wanted[: len(counts)] / np.maximum(counts, 1))[folders]
+    if not weights.sum() > 0:
+        raise InputError(
+            "no folder with a share above 0 has a usable face",
+            why=f"given: {list(shares)}; faces a folder: {counts.tolist()}",
+            fix="give a share to a folder that has faces",
+        )
     return weights / weights.sum()
 
 
@@ -164,7 +151,7 @@ def diffusion_loss(
 
 @dataclass(frozen=True)
 class Plan:
-    """What every process of a run is told."""
+    """What every process of a run is told; ``threads`` 0 leaves torch's choice."""
 
     config: TrainingConfig
     spec: DiffusionSpec
@@ -234,10 +221,16 @@ class Trainer:
         return float(loss.detach())
 
     def save(self, origin: dict[str, Any]) -> None:
-        """Write the resumable state, and the averaged weights as a CHECKPOINT."""
+        """Write the resumable state, and the averaged weights as a CHECKPOINT.
+
+        Raises:
+            TrainingError: The weights are not finite; nothing was written.
+            CheckpointError: An average does not fit float16; the state was written.
+            OutputError: A file cannot be written.
+        """
         save_state(self.work, self.step, self.network, self.ema, self.optimizer)
-        spec = replace(self.spec, title=self.out.name, origin=origin)
-        save_checkpoint(self.out, spec, self.ema.tensors)
+        spec = replace(self.spec, origin=origin)
+        save_checkpoint(self.out, spec, self.ema.tensors, self.config.storage)
 
 
 def _average_gradients(network: torch.nn.Module, processes: int) -> None:
@@ -249,112 +242,17 @@ def _average_gradients(network: torch.nn.Module, processes: int) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def train(
-    folders: Sequence[Path],
-    out: Path,
-    config: TrainingConfig,
-    embedder: Embedder,
-    *,
-    resume: bool = False,
-    initial: dict[str, Tensor] | None = None,
-    threads: int = 0,
-) -> TrainingResult:
-    """Train a CHECKPOINT on the faces in ``folders``.
-
-    Args:
-        folders: Folders of pictures with one person each.
-        out: The CHECKPOINT folder; state, log and contact sheets go to
-            ``OUT.training`` beside it.
-        config: Settings.
-        embedder: The black-box FR model whose vectors condition the network.
-        resume: Go on from the state in ``OUT.training``.
-        initial: Weights to start from, by tensor name.
-        threads: CPU threads a process; 0 leaves torch's choice.
+def run_steps(trainer: Trainer, faces: TrainingFaces) -> TrainingResult:
+    """Do the steps that are left; the process of rank 0 keeps what comes out.
 
     Raises:
-        InputError: Unusable faces or settings, or ``out`` is in use.
-        TrainingError: The state cannot be resumed, or the loss is not finite.
+        TrainingError: The loss or the weights are not finite.
+        InputError: The shares leave no face to draw.
     """
-    _check_start(out, config, resume=resume)
-    work = make_folder(work_folder(out))
-    os.chmod(work, 0o700)
-    faces = load_faces(
-        folders,
-        embedder,
-        size=config.image_size,
-        margin=config.crop_margin,
-        jitter=config.identity_jitter,
-        seed=config.seed,
-        cache=work / CACHE_NAME,
-    )
-    write_json(work / SETTINGS_NAME, asdict(config))
-    plan = Plan(config, diffusion_spec(config, embedder), out, resume, initial, threads)
-    if config.processes == 1:
-        return _run(Trainer(plan), faces)
-    return _run_processes(plan, faces)
-
-
-def _run_processes(plan: Plan, faces: TrainingFaces) -> TrainingResult:
-    """Run one process a share of the batch; they meet in a file, on this machine."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "result.json"
-        meeting = f"file://{folder}/meeting"
-        try:
-            torch.multiprocessing.spawn(  # type: ignore[no-untyped-call, attr-defined]
-                _process, (plan, faces, meeting, answer), plan.config.processes
-            )
-        except Exception as error:  # it carries a child's traceback as text
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise TrainingError(
-                "a training process failed", why=lines[-1] if lines else str(error)
-            ) from error
-        return TrainingResult(**json.loads(answer.read_text()))
-
-
-def _process(
-    rank: int, plan: Plan, faces: TrainingFaces, meeting: str, answer: Path
-) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=plan.config.processes
-    )
-    torch.set_num_threads(plan.threads or 1)
-    result = _run(Trainer(plan, rank), faces)
-    if rank == 0:
-        write_json(answer, asdict(result))
-    torch.distributed.destroy_process_group()
-
-
-def _check_start(out: Path, config: TrainingConfig, *, resume: bool) -> None:
-    work = work_folder(out)
-    begun = (work / STATE_NAME).exists()
-    if resume and not begun:
-        raise TrainingError(
-            f"there is nothing to resume in {work}", fix="leave out --resume"
-        )
-    if not resume and (begun or (out.exists() and any(out.iterdir()))):
-        raise InputError(
-            f"{out} already holds a checkpoint or a run",
-            fix="use --resume to go on, or choose another --out",
-        )
-    if resume and (work / SETTINGS_NAME).exists():
-        kept = json.loads((work / SETTINGS_NAME).read_text())
-        free = {"steps", "shares", "save_every", "sheet_every"}
-        free |= {"compile", "device", "processes"}
-        now = json.loads(json.dumps(asdict(config)))
-        changed = sorted(k for k in kept if k not in free and kept[k] != now.get(k))
-        if changed:
-            raise InputError(
-                f"the run in {work} has other settings: {', '.join(changed)}",
-                fix="give the same settings again to resume",
-            )
-
-
-def _run(trainer: Trainer, faces: TrainingFaces) -> TrainingResult:
     config, begun = trainer.config, time.monotonic()
     batches = Batches(faces, config)
     smooth, leads = float("nan"), trainer.rank == 0
-    left = config.steps - trainer.step
+    left = max(config.steps - trainer.step, 0)
     with progress(left, "training", enabled=None if leads else False) as tick:
         while trainer.step < config.steps:
             loss = trainer.train_step(*batches.at(trainer.step))
@@ -368,7 +266,10 @@ def _run(trainer: Trainer, faces: TrainingFaces) -> TrainingResult:
             if leads:
                 _keep(trainer, faces, batches, smooth, time.monotonic() - begun)
     seconds = time.monotonic() - begun
-    return TrainingResult(config.steps, smooth, seconds, len(faces), faces.skipped)
+    loss_or_none = None if np.isnan(smooth) else smooth
+    return TrainingResult(
+        trainer.step, loss_or_none, seconds, len(faces), faces.skipped
+    )
 
 
 def _keep(
@@ -399,12 +300,13 @@ def _keep(
             trainer.spec,
             faces.pictures[:, 0],
             batches.vectors[:, 0, 0],
+            faces.folders,
             step,
         )
 
 
 def _log(work: Path, entry: dict[str, Any]) -> None:
     path = work / LOG_NAME
-    kept = path.read_text() if path.exists() else ""
+    kept = path.read_text(errors="replace") if path.exists() else ""
     with atomic_path(path) as temporary:
         temporary.write_text(kept + json.dumps(entry) + "\n")

@@ -28,9 +28,10 @@ def save_training_sheet(
     spec: DiffusionSpec,
     pictures: Any,
     vectors: Any,
+    folders: Any,
     step: int,
 ) -> None:
-    """Sample eight people spread over the data with the averaged weights.
+    """Sample eight people spread over the folders with the averaged weights.
 
     The upper row shows training pictures, so the sheet is readable by the run's
     owner only (mode of the folder it lies in).
@@ -42,9 +43,10 @@ def save_training_sheet(
         spec: Facts of the model.
         pictures: [n, S, S, 3] uint8.
         vectors: [n, D] float32, normalised.
+        folders: [n] int, the folder each face came from.
         step: Shown in the title.
     """
-    rows = np.linspace(0, len(pictures) - 1, _PEOPLE).astype(int)
+    rows = spread_over_folders(folders, _PEOPLE)
     made = _sample(network, averaged, spec, torch.from_numpy(vectors[rows]))
     mark = PictureMark(
         tool_version=__version__,
@@ -55,6 +57,7 @@ def save_training_sheet(
         guidance=_GUIDANCE,
         backend="torch",
         precision="float32",
+        composite=True,
     )
     sheet = contact_sheet(
         [*pictures[rows], *made],
@@ -64,6 +67,27 @@ def save_training_sheet(
         title=f"step {step}",
     )
     save_sheet(path, sheet, mark)
+
+
+def spread_over_folders(folders: Any, count: int) -> Any:
+    """Indices of ``count`` faces, as many of each folder, the folder's first leading.
+
+    Args:
+        folders: [n] int, the folder of each face.
+        count: How many; of more folders than that, some are left out.
+
+    Returns:
+        int [count]; a face comes twice where its folder has too few.
+    """
+    present = np.unique(folders)
+    places = np.arange(count) * len(present) // count
+    if len(present) > count:
+        places = np.linspace(0, len(present) - 1, count).astype(int)
+    rows = []
+    for place, wanted in zip(*np.unique(places, return_counts=True), strict=True):
+        faces = np.flatnonzero(folders == present[place])
+        rows.append(faces[np.linspace(0, len(faces) - 1, wanted).astype(int)])
+    return np.concatenate(rows)
 
 
 def _sample(

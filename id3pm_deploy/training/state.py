@@ -18,6 +18,7 @@ from ..errors import TrainingError
 from ..files import write_bytes
 
 STATE_NAME = "state.safetensors"
+_DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError)
 
 
 class Ema:
@@ -44,9 +45,22 @@ class Ema:
 def save_state(
     folder: Path, step: int, network: nn.Module, ema: Ema, optimizer: torch.optim.AdamW
 ) -> None:
-    """Write weights, average and optimizer moments after ``step`` steps."""
+    """Write weights, average and optimizer moments after ``step`` steps.
+
+    Raises:
+        TrainingError: A weight or its average is NaN or infinite; the state that was
+            saved before is left as it is.
+        OutputError: The file cannot be written.
+    """
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.tensors.items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"the weights are not finite at step {step}",
+                why=f"{name} holds NaN or infinity",
+                fix="lower --learning-rate; the last saved state is intact",
+            )
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
     kept = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
@@ -70,14 +84,18 @@ def load_state(
         with safetensors.safe_open(path, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             step = int(json.loads((handle.metadata() or {})["step"]))
+        if step < 0:
+            raise ValueError(f"its step is {step}")
+        averaged = _under(tensors, "ema.")
+        _check_shapes(averaged, ema.tensors)
         network.load_state_dict(_under(tensors, "network."))
-        for name, tensor in _under(tensors, "ema.").items():
+        for name, tensor in averaged.items():
             ema.tensors[name].copy_(tensor)
         optimizer.load_state_dict(_optimizer_state(tensors, optimizer))
-    except (OSError, safetensors.SafetensorError, KeyError, RuntimeError) as error:
+    except (safetensors.SafetensorError, *_DAMAGED) as error:
         raise TrainingError(
             f"cannot resume from {path}",
-            why=str(error).splitlines()[0],
+            why=(str(error).splitlines() or [type(error).__name__])[0],
             fix="check that the settings are those of the run, or start afresh",
         ) from error
     return step
@@ -87,6 +105,14 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def _check_shapes(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    if found.keys() != wanted.keys():
+        raise ValueError("its tensors are not those of this network")
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"its {name} has shape {list(tensor.shape)}")
+
+
 def _optimizer_state(
     tensors: dict[str, Tensor], optimizer: torch.optim.AdamW
 ) -> dict[str, object]:
@@ -94,5 +120,9 @@ def _optimizer_state(
     for name, tensor in _under(tensors, "optimizer.").items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for place, values in state.items():
+        moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[place])
+        _check_shapes(values, {"step": torch.tensor(0.0), **moments})
     groups = optimizer.state_dict()["param_groups"]
     return {"state": state, "param_groups": groups}

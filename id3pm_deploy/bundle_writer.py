@@ -1,0 +1,247 @@
+"""How a bundle is written: everything at once, or not at all.
+
+Files are named after their content and complete before the manifest is replaced, all
+of it under a lock. An interrupted write leaves the bundle as it was, and two writers
+keep each other's entries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from .bundle import (
+    MANIFEST_NAME,
+    Bundle,
+    EngineEntry,
+    GraphEntry,
+    Manifest,
+    check_names,
+    is_bundle,
+    open_bundle,
+    used_files,
+)
+from .errors import BundleError, Id3pmError
+from .files import make_folder, output_error, write_bytes, write_json
+from .spec import DiffusionSpec
+
+T = TypeVar("T")
+
+_LOCK_NAME = ".lock"
+# What a first write that was killed leaves: the lock, whole files and half ones.
+_LEFTOVER = re.compile(r"\.lock|\..+\.tmp|.+-[0-9a-f]{12}\.(onnx|npz|plan)")
+
+
+def _differences(one: Manifest, other: Manifest) -> list[str]:
+    """Which facts that fix the computed function differ; not title and origin."""
+    names = ("model", "identity", "schedule", "prediction_type")
+    pairs = {n: (getattr(one.diffusion, n), getattr(other.diffusion, n)) for n in names}
+    pairs["weights"] = (one.checkpoint_sha256, other.checkpoint_sha256)
+    return [name for name, (a, b) in pairs.items() if a != b]
+
+
+def _current(folder: Path, wanted: Manifest) -> Manifest:
+    """The manifest in ``folder``, or an empty one of the checkpoint of ``wanted``."""
+    if not is_bundle(folder):
+        return dataclasses.replace(wanted, files={}, graphs=(), engines=())
+    there = open_bundle(folder).manifest
+    if found := _differences(there, wanted):
+        raise BundleError(
+            f"{folder} is a bundle of another checkpoint or with other settings",
+            why=f"these differ: {', '.join(found)}",
+            fix="choose another --out",
+        )
+    return there
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder``, made if needed; writers wait for each other.
+
+    Raises:
+        OutputError: The folder or its lock file cannot be written.
+    """
+    descriptor = None
+    while descriptor is None:
+        descriptor = _lock_of(make_folder(folder) / _LOCK_NAME)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock_of(path: Path) -> int | None:
+    """The held lock file; None if a failed first write removed it meanwhile."""
+    import fcntl
+
+    try:
+        with contextlib.ExitStack() as stack:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(path, flags, 0o644)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return None
+            stack.pop_all()
+            return descriptor
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
+class BundleWriter:
+    """Collects files and entries in memory; ``commit`` writes all of them at once.
+
+    Args:
+        folder: The bundle's folder; ``commit`` makes it if needed.
+        manifest: What stands in it, or an empty one for a new bundle.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._data: dict[str, bytes] = {}
+        self._graphs: list[GraphEntry] = []
+        self._engines: list[EngineEntry] = []
+
+    def add_file(self, prefix: str, suffix: str, data: bytes) -> str:
+        """Keep ``data`` under a name made of its SHA-256; returns the name."""
+        digest = hashlib.sha256(data).hexdigest()
+        plain = re.sub(r"[^A-Za-z0-9]+", "-", prefix).strip("-")[:60] or "file"
+        name = f"{plain}-{digest[:12]}{suffix}"
+        self._data[name] = data
+        return name
+
+    def add_graph(self, entry: GraphEntry) -> None:
+        """List a graph, replacing the one of the same kind and precision."""
+        self._graphs.append(entry)
+
+    def add_engine(self, entry: EngineEntry) -> None:
+        """List an engine, replacing the one of the same target."""
+        self._engines.append(entry)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of an added file, or of one in the bundle, as Bundle.read."""
+        if name in self._data:
+            return self._data[name]
+        return Bundle(self.folder, self.manifest).read(name)
+
+    def commit(self) -> Bundle:
+        """Write the files, replace the manifest, remove files it no longer needs.
+
+        The manifest is read anew under the lock, so that what others added meanwhile
+        stays. After a failure the folder holds what it held before.
+
+        Raises:
+            BundleError: The folder holds something else than when it was opened.
+            OutputError: It cannot be written.
+        """
+        new = not os.path.lexists(self.folder)
+        with _locked(self.folder):
+            old = {*os.listdir(self.folder)} if not is_bundle(self.folder) else set()
+            names = {*self._data, *filter(_LEFTOVER.fullmatch, old)} - {_LOCK_NAME}
+            try:
+                base = _current(self.folder, self.manifest)
+                names |= {*base.files}
+                manifest = self._merged(base)
+                for name in manifest.files.keys() & self._data.keys():
+                    self._write(name)
+                write_json(self.folder / MANIFEST_NAME, manifest.to_json())
+            finally:
+                _tidy(self.folder, names, new)
+        return Bundle(self.folder, manifest)
+
+    def _merged(self, base: Manifest) -> Manifest:
+        """``base`` with what was added and without what nothing uses any more."""
+        graphs = _replaced(base.graphs, self._graphs, lambda g: (g.kind, g.precision))
+        engines = _replaced(base.engines, self._engines, lambda e: e.target)
+        listed = {graph.file for graph in graphs}
+        if any(entry.graph not in listed for entry in self._engines):
+            raise BundleError(
+                f"the graph of the new engine is no longer in {self.folder}",
+                why="another process has exported it anew meanwhile",
+                fix="build the engine again",
+            )
+        manifest = dataclasses.replace(
+            base,
+            graphs=graphs,
+            engines=tuple(entry for entry in engines if entry.graph in listed),
+        )
+        files = dict(base.files)
+        for name, data in self._data.items():
+            digest = hashlib.sha256(data).hexdigest()
+            files[name] = {"size": len(data), "sha256": digest}
+        used = used_files(manifest)
+        files = {name: entry for name, entry in files.items() if name in used}
+        manifest = dataclasses.replace(manifest, files=files)
+        check_names(manifest, str(self.folder / MANIFEST_NAME))
+        return manifest
+
+    def _write(self, name: str) -> None:
+        """Write an added file unless it is there already, whole and right."""
+        data, path = self._data[name], self.folder / name
+        with contextlib.suppress(OSError):
+            right = stat.S_ISREG(path.lstat().st_mode) and path.read_bytes() == data
+            if right:
+                return
+        write_bytes(path, data)
+
+
+def _replaced(
+    old: Iterable[T], new: Iterable[T], key: Callable[[T], Hashable]
+) -> tuple[T, ...]:
+    """``old`` without those that ``new`` replaces, then ``new``."""
+    latest = {key(entry): entry for entry in new}
+    kept = [entry for entry in old if key(entry) not in latest]
+    return (*kept, *latest.values())
+
+
+def _tidy(folder: Path, names: set[str], new: bool) -> None:
+    """Remove those of ``names`` that no manifest lists; then a folder without any."""
+    with contextlib.suppress(OSError, Id3pmError):
+        listed = open_bundle(folder).manifest.files if is_bundle(folder) else {}
+        for name in names - listed.keys():
+            with contextlib.suppress(OSError):
+                os.unlink(folder / name)
+        if os.listdir(folder) == [_LOCK_NAME]:
+            os.unlink(folder / _LOCK_NAME)
+            if new:
+                os.rmdir(folder)
+
+
+def bundle_writer(
+    folder: Path, diffusion: DiffusionSpec, checkpoint_sha256: str, tool_version: str
+) -> BundleWriter:
+    """A writer for a new bundle, or for the one in ``folder`` if it is of the same
+    checkpoint.
+
+    Raises:
+        BundleError: ``folder`` holds a bundle of another checkpoint or with other
+            settings, or other files.
+        OutputError: It cannot be looked into.
+    """
+    wanted = Manifest(diffusion, checkpoint_sha256, tool_version, {})
+    if not is_bundle(folder) and not _is_free(folder):
+        raise BundleError(
+            f"{folder} exists and is not a bundle", fix="choose another --out"
+        )
+    return BundleWriter(folder, _current(folder, wanted))
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether it is absent, empty, or what a killed first write left."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return not os.path.lexists(folder)
+    except OSError as error:
+        raise output_error(folder, error) from error
+    return not names or (_LOCK_NAME in names and all(map(_LEFTOVER.fullmatch, names)))

@@ -1,0 +1,19 @@
+"""Names and defaults that commands show and the library uses; imports nothing.
+
+The defaults are those that did best with the shipped checkpoint; README.md has the
+figures.
+"""
+
+from __future__ import annotations
+
+SOLVERS = ("ddpm", "ddim", "dpmpp-2m")
+SPACINGS = ("linspace", "linspace_open", "leading", "trailing")
+VARIANCES = ("learned", "fixed_small", "fixed_large")
+BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
+
+SOLVER = "dpmpp-2m"
+STEPS = 20
+GUIDANCE = 2.0
+COUNT = 4
+BATCH_SIZE = 8
+MAX_BATCH_SIZE = 64

@@ -1,0 +1,132 @@
+"""A whole run: checks, faces, and one process or several that train."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+from ..errors import TrainingError
+from ..files import make_folder, output_error, write_json
+from ..identity.embedders import Embedder
+from .config import TrainingConfig
+from .faces import TrainingFaces, load_faces
+from .loop import (
+    Plan,
+    Trainer,
+    TrainingResult,
+    face_weights,
+    run_steps,
+    work_folder,
+)
+from .start import (
+    SETTINGS_NAME,
+    check_machine,
+    check_start,
+    diffusion_spec,
+    initial_weights,
+    settings_of,
+)
+
+CACHE_NAME = "faces.npz"
+_OUR_ERROR = re.compile(r"^id3pm_deploy\.errors\.\w+: (.*)", re.MULTILINE | re.DOTALL)
+
+
+def train(
+    folders: Sequence[Path],
+    out: Path,
+    config: TrainingConfig,
+    embedder: Embedder,
+    *,
+    resume: bool = False,
+    initial: Path | None = None,
+    threads: int = 0,
+) -> TrainingResult:
+    """Train a CHECKPOINT on the faces in ``folders``.
+
+    Args:
+        folders: Folders of pictures with one person each.
+        out: The CHECKPOINT folder; state, log and contact sheets go to
+            ``OUT.training`` beside it.
+        config: Settings.
+        embedder: The black-box FR model whose vectors condition the network.
+        resume: Go on from the state in ``OUT.training``.
+        initial: A CHECKPOINT of the same kind whose weights to start from; a resumed
+            run has its own.
+        threads: CPU threads a process; 0 leaves torch's choice to one process and
+            means 1 each to several.
+
+    Raises:
+        InputError: Unusable faces or settings, or ``out`` is in use. Everything that
+            does not depend on the faces is found before they are looked at.
+        CheckpointError: The settings contradict each other, or ``initial`` is damaged.
+        IdentityError: The FR model's answer is unusable.
+        TrainingError: The state cannot be resumed, or the loss is not finite.
+        OutputError: A file cannot be written.
+    """
+    check_start(out, config, embedder, resume=resume)
+    spec = diffusion_spec(config, embedder)
+    check_machine(config, spec, folders, threads)
+    weights = None if initial is None else initial_weights(initial, spec)
+    work = make_folder(work_folder(out))
+    try:
+        os.chmod(work, 0o700)
+    except OSError as error:
+        raise output_error(work, error) from error
+    faces = load_faces(
+        folders,
+        embedder,
+        size=config.image_size,
+        margin=config.crop_margin,
+        jitter=config.identity_jitter,
+        seed=config.seed,
+        cache=work / CACHE_NAME,
+    )
+    face_weights(faces.folders, config.shares)  # or an error, before anything starts
+    write_json(work / SETTINGS_NAME, settings_of(config, embedder))
+    plan = Plan(config, spec, out, resume, weights, threads)
+    if config.processes == 1:
+        return run_steps(Trainer(plan), faces)
+    return _run_processes(plan, faces)
+
+
+def _run_processes(plan: Plan, faces: TrainingFaces) -> TrainingResult:
+    """Run one process a share of the batch; they meet in a file, on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "result.json"
+        meeting = f"file://{folder}/meeting"
+        try:
+            torch.multiprocessing.spawn(  # type: ignore[no-untyped-call, attr-defined]
+                _process, (plan, faces, meeting, answer), plan.config.processes
+            )
+        except Exception as error:  # it carries a child's traceback as text
+            ours = _OUR_ERROR.search(str(error))
+            if ours:
+                raise TrainingError(ours[1].strip()) from error
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise TrainingError(
+                "a training process failed", why=lines[-1] if lines else str(error)
+            ) from error
+        return TrainingResult(**json.loads(answer.read_text()))
+
+
+def _process(
+    rank: int, plan: Plan, faces: TrainingFaces, meeting: str, answer: Path
+) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=plan.config.processes
+    )
+    torch.set_num_threads(plan.threads or 1)
+    result = run_steps(Trainer(plan, rank), faces)
+    if rank == 0:
+        write_json(answer, asdict(result))
+    torch.distributed.destroy_process_group()
