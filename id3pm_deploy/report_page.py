@@ -166,6 +166,8 @@ def _numbers(report: ParityReport) -> str:
     if report.worst_step:
         name = f"Worst state, table row {report.worst_step.table_row}"
         rows.append((name, report.worst_step.state))
+    if report.oracle:
+        rows.append(("Reference against diffusers' scheduler", report.oracle))
     quantiles = [f"{share * 100:g} %" for share in QUANTILES]
     head = ["", "error", "max", "mean", "RMS", *quantiles, "1 − cosine", "PSNR"]
     table = _table(head, [(name, *_comparison_cells(found)) for name, found in rows])
