@@ -11,9 +11,9 @@ SPACINGS = ("linspace", "linspace_open", "leading", "trailing")
 VARIANCES = ("learned", "fixed_small", "fixed_large")
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
 
-SOLVER = "dpmpp-2m"
-STEPS = 20
-GUIDANCE = 2.0
+SOLVER = "ddpm"
+STEPS = 50
+GUIDANCE = 3.0
 COUNT = 4
 BATCH_SIZE = 8
 MAX_BATCH_SIZE = 64

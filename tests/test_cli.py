@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from models import checkpoint_spec, contents, random_identity, save_tiny_checkpoint
 
 from id3pm_deploy.cli import main
+from id3pm_deploy.defaults import SOLVER
 from id3pm_deploy.identity.vectors import identity_file, save_identities
 from id3pm_deploy.images import read_mark
 
@@ -67,7 +68,7 @@ def test_sample_from_a_bundle(
     assert pictures == [f"sample-{i:05d}.png" for i in range(6)]
     assert (out / "sheet.png").is_file()
     mark = read_mark(out / "sample-00004.png")
-    assert (mark.seed, mark.sample, mark.solver, mark.steps) == (5, 4, "dpmpp-2m", 4)
+    assert (mark.seed, mark.sample, mark.solver, mark.steps) == (5, 4, SOLVER, 4)
     assert mark.backend == "onnxruntime"
     assert record["table_rows"] == 4
     assert len({s["identity"] for s in record["samples"]}) == 2

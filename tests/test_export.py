@@ -79,6 +79,7 @@ def test_graph_has_the_documented_interface(tiny_bundle: Path) -> None:
     assert not any(node.metadata_props for node in proto.graph.node)
 
 
+@pytest.mark.slow
 def test_float16_graph_is_typed_half_and_smaller(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_float16_graph_is_typed_half_and_smaller(
     assert sizes["float16"] < 0.7 * sizes["float32"]
 
 
+@pytest.mark.slow
 def test_bare_unet_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle = export_unet(tiny_checkpoint, "float32", tmp_path / "b")
     graph = bundle.manifest.graphs[0]
@@ -121,6 +123,7 @@ def test_bare_unet_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
         build_engine(bundle.folder, "cpu", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [{"num_heads": 2}, {"num_head_channels": 16}])
 def test_both_head_modes_and_fixed_variance_export(mode: dict[str, int]) -> None:
     spec = tiny_spec(**mode, prediction_type="epsilon")
@@ -130,6 +133,7 @@ def test_both_head_modes_and_fixed_variance_export(mode: dict[str, int]) -> None
     assert exported.nodes > 100
 
 
+@pytest.mark.slow
 def test_a_graph_that_differs_is_not_kept(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,6 +201,7 @@ def test_the_json_has_these_keys(tmp_path: Path) -> None:
         "worst_max_rel",
         *(f"final_{key}" for key in figures),
         *(f"final_unsaturated_{key}" for key in figures),
+        *(f"oracle_{key}" for key in figures),
         "identity_name",
         "identity_reference",
         "identity_engine",
@@ -223,6 +224,25 @@ def test_the_json_has_these_keys(tmp_path: Path) -> None:
     assert b["identity_reference"] == [0.5, None]
     assert len(a["steps"]) == STEPS
     assert a["steps"][6]["timestep"] == 395.0
+
+
+def test_an_oracle_past_its_tolerance_fails_the_report() -> None:
+    expected = np.linspace(-1, 1, 12)
+    for error, passes in ((5e-5, True), (5e-4, False)):
+        found = ParityReport.build(
+            title="t",
+            subject={},
+            per_step=(),
+            final=compare(expected, expected),
+            final_unsaturated=None,
+            uint8_max=0,
+            tolerances=Tolerances(1e-5, 1e-4),
+            oracle=compare(expected + error, expected),
+            oracle_tolerance=1e-4,
+        )
+        assert found.passed is passes
+        assert found.to_json()["oracle_max_rel"] == pytest.approx(error, rel=1e-6)
+    assert "diffusers" in found.failures[0]
 
 
 def test_differences_are_amplified_as_far_as_nothing_is_cut_off() -> None:

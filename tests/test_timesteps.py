@@ -121,8 +121,13 @@ def test_timesteps_that_coincide() -> None:
         spaced_timesteps(schedule, "linspace_open", last + 1, -100.0)
 
 
-@pytest.mark.parametrize("lambda_min", [50.0, math.inf, math.nan])
-def test_a_lambda_min_that_leaves_nothing(lambda_min: float) -> None:
-    settings = SolverSettings("ddim", 10, lambda_min=lambda_min)
+@pytest.mark.parametrize("lambda_min", [math.inf, -math.inf, math.nan])
+def test_a_lambda_min_that_is_no_number(lambda_min: float) -> None:
+    with pytest.raises(InputError, match="must be a finite number"):
+        SolverSettings("ddim", 10, lambda_min=lambda_min)
+
+
+def test_a_lambda_min_that_leaves_nothing() -> None:
+    settings = SolverSettings("ddim", 10, lambda_min=50.0)
     with pytest.raises(InputError, match="no timestep has a half log-SNR"):
         solver_table(tiny_spec(), settings)
