@@ -13,7 +13,7 @@ BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
 
 SOLVER = "ddpm"
 STEPS = 50
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 COUNT = 4
 BATCH_SIZE = 8
 MAX_BATCH_SIZE = 64
