@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,11 @@ hypothesis.settings.load_profile("project")
 
 # Model hubs are never asked, in this process or in those that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+# A shell that starts tests in the background has them ignore Ctrl-C, and so would the
+# programs that tests send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -209,7 +209,7 @@ def test_unconditional_and_zero_vectors(tiny_bundle: Path, tmp_path: Path) -> No
         (["--lambda-min=-inf"], "must be a finite number"),
         (["--batch-size", "65"], "batch size must be"),
         (["--device", "cuda"], "setting of the torch backend"),
-        (["--variance", "learned"], "variance is a setting of ddpm"),
+        (["--solver", "ddim", "--variance", "learned"], "variance is a setting of"),
         (["--backend", "torch"], "no PyTorch weights"),
         (["--backend", "tensorrt"], "no runtime for them yet"),
         (["--precision", "float16"], "no step graph"),

@@ -339,7 +339,7 @@ def test_defaults_are_filled_in() -> None:
     assert plain == SolverSettings(
         "ddpm", spacing="linspace", lambda_min=-100.0, variance="fixed_small"
     )
-    multistep = solver_table(spec, SolverSettings()).settings
+    multistep = solver_table(spec, SolverSettings("dpmpp-2m")).settings
     assert (multistep.spacing, multistep.lambda_min) == ("linspace_open", -5.1)
     learned = solver_table(tiny_spec(learned_variance=True), SolverSettings("ddpm"))
     assert learned.settings.variance == "learned"
