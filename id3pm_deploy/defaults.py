@@ -6,9 +6,20 @@ figures.
 
 from __future__ import annotations
 
-SOLVERS = ("ddpm", "ddim", "dpmpp-2m")
+SOLVERS = (
+    "ddpm",
+    "ddim",
+    "euler",
+    "heun",
+    "dpmpp-2m",
+    "dpmpp-2m-sde",
+    "unipc-2",
+    "unipc-3",
+)
 SPACINGS = ("linspace", "linspace_open", "leading", "trailing")
 VARIANCES = ("learned", "fixed_small", "fixed_large")
+FINAL_ORDERS = ("lower", "full")
+GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
 
 SOLVER = "ddpm"

@@ -38,6 +38,20 @@ class NoiseSchedule:
         a = self.alphas_cumprod
         return 0.5 * (np.log(a) - np.log1p(-a))
 
+    def alphas_at(self, times: Float64) -> Float64:
+        """ᾱ at points of the training time that may lie between two timesteps.
+
+        There √((1-ᾱ)/ᾱ) is interpolated linearly, as diffusers' EulerDiscreteScheduler
+        and HeunDiscreteScheduler do.
+
+        Args:
+            times: Any shape, from 0 to T - 1.
+        """
+        a = self.alphas_cumprod
+        whole = np.rint(times).astype(np.int64)
+        ratio = np.interp(times, np.arange(len(a)), np.sqrt((1 - a) / a))
+        return np.where(whole == times, a[whole], 1 / (1 + ratio**2))
+
 
 def linear_betas(timesteps: int) -> Float64:
     """DDPM's linear β from 1e-4 to 0.02, scaled to ``timesteps`` (Ho et al., sec. 4;

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
 from id3pm_deploy.reference.checkpoint import save_checkpoint
+from id3pm_deploy.reference.step import StepModule
 from id3pm_deploy.reference.unet import IdentityUNet
-from id3pm_deploy.solvers import NOISE_COLUMN, STATE_SLOTS, STEP_HEAD, SolverTable
+from id3pm_deploy.solvers import STATE_SLOTS, STEP_HEAD, SolverTable, matrices
 from id3pm_deploy.spec import DiffusionSpec, IdentitySpec, ModelSpec, ScheduleSpec
 
 Float64 = npt.NDArray[np.float64]
@@ -76,7 +78,7 @@ def random_identity(
 
 def run_table(
     table: SolverTable,
-    denoise: Callable[[Float64, int], Float64],
+    denoise: Callable[[Float64, float], Float64],
     x_t: Float64,
     noise: Callable[[int], Float64 | float] = lambda j: 0.0,
     learned: bool = False,
@@ -94,18 +96,62 @@ def run_table(
     state = np.zeros((STATE_SLOTS, *x_t.shape))
     state[0] = x_t * table.x_scale
     after = []
-    for j, row in enumerate(table.rows.astype(np.float64)):
+    rows = table.rows.astype(np.float64)
+    for j, (row, matrix) in enumerate(zip(rows, matrices(rows), strict=True)):
         t, c_in, c_x, c_p, clip, low, high = row[:STEP_HEAD]
-        out = denoise(c_in * state[0], int(t))
+        out = denoise(c_in * state[0], float(t))
         prediction, variance = np.split(out, 2, axis=1) if learned else (out, 0.0)
         x0 = np.clip(c_x * state[0] + c_p * prediction, -clip, clip)
         share = (variance + 1) / 2
         drawn = noise(j) * np.exp(0.5 * (share * high + (1 - share) * low))
         columns = np.stack([*state, x0, np.broadcast_to(drawn, x0.shape)])
-        matrix = row[STEP_HEAD:].reshape(STATE_SLOTS, NOISE_COLUMN + 1)
         state = np.tensordot(matrix, columns, axes=1)
         after.append(state[0].copy())
     return after
+
+
+class _Stub(nn.Module):
+    """Stands for a network: a NumPy function of x and t, whatever the identity."""
+
+    def __init__(self, denoise: Callable[[Float64, Float64], Float64]) -> None:
+        super().__init__()
+        self.spec = _MODEL
+        self.denoise = denoise
+
+    def forward(self, x: Tensor, timesteps: Tensor, identity: Tensor) -> Tensor:
+        return torch.from_numpy(self.denoise(x.numpy(), timesteps.numpy()))
+
+
+def step_states(
+    rows: Float64,
+    denoise: Callable[[Float64, Float64], Float64],
+    state: Float64,
+    noise: Float64 | None = None,
+) -> Iterator[Float64]:
+    """Run table rows through the product's StepModule in float64.
+
+    Args:
+        rows: [N, B, S], the rows of each sample.
+        denoise: The model's output for x [B, 3, H, W] at timesteps [B].
+        state: [K, B, 3, H, W] to start from.
+        noise: [B, 3, H, W], the same at every row; None is none.
+
+    Yields:
+        The state after every row.
+    """
+    count = state.shape[1]
+    module = StepModule(_Stub(denoise))  # type: ignore[arg-type]
+    constant = (
+        torch.zeros(state[0].shape) if noise is None else torch.from_numpy(noise),
+        torch.zeros((count, 1)),
+        torch.arange(count, dtype=torch.int32),
+        torch.eye(count, dtype=torch.float64).expand(2, count, count),
+    )
+    now = torch.from_numpy(state)
+    for step in rows:
+        now = module(now, *constant, torch.from_numpy(step)).state
+        assert now.dtype == torch.float64
+        yield now.numpy()
 
 
 def checkpoint_spec() -> DiffusionSpec:

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
 from id3pm_deploy.errors import CheckpointError
 from id3pm_deploy.schedule import noise_schedule
@@ -76,6 +78,26 @@ def test_lambda_is_the_log_ratio_of_signal_to_noise() -> None:
     signal = np.sqrt(ours.alphas_cumprod)
     sigma = np.sqrt(1 - ours.alphas_cumprod)
     np.testing.assert_allclose(ours.lambdas, np.log(signal / sigma), rtol=1e-9)
+
+
+# diffusers hands a tensor to a NumPy function.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_between_two_timesteps_it_is_diffusers(name: Name) -> None:
+    ours = noise_schedule(ScheduleSpec(name))
+    times = np.array([995.0, 993.25, 500.5, 12.125, 0.5, 0.0])
+    betas = {"linear": {"beta_start": 1e-4, "beta_end": 0.02}, "cosine": {}}[name]
+    oracle = EulerDiscreteScheduler(
+        beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[name], **betas
+    )
+    oracle.alphas_cumprod = torch.tensor(ours.alphas_cumprod)
+    oracle.set_timesteps(timesteps=times.tolist())
+    sigmas = oracle.sigmas[:-1].double().numpy()
+    np.testing.assert_allclose(ours.alphas_at(times), 1 / (1 + sigmas**2), rtol=3e-7)
+    # At a timestep it is that timestep's, to the last bit.
+    whole = np.arange(1000.0)
+    assert (ours.alphas_at(whole) == ours.alphas_cumprod).all()
+    assert ours.alphas_at(np.array([[1.5, 2.0]])).shape == (1, 2)
 
 
 def test_nobody_can_change_a_shared_schedule() -> None:

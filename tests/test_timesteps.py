@@ -11,11 +11,15 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import (
     DPMSolverMultistepScheduler,
 )
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from models import tiny_spec
 
 from id3pm_deploy.errors import InputError
 from id3pm_deploy.schedule import noise_schedule
 from id3pm_deploy.solvers import (
+    SOLVERS,
     SPACINGS,
     SolverSettings,
     Spacing,
@@ -81,6 +85,42 @@ def test_multistep_timesteps_are_diffusers() -> None:
         assert ours.tolist() == oracle.timesteps.tolist(), steps
 
 
+# diffusers hands a tensor to a NumPy function.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_euler_and_heun_timesteps_are_diffusers(solver: str, spacing: Spacing) -> None:
+    """With linspace they lie between the training timesteps."""
+    oracles: dict[str, Any] = {
+        "euler": EulerDiscreteScheduler,
+        "heun": HeunDiscreteScheduler,
+    }
+    oracle = oracles[solver](timestep_spacing=spacing)
+    spec = tiny_spec(schedule="linear")
+    # One step of linspace is t = 0 in diffusers, where there is nothing to do.
+    for steps in (*([1] if spacing != "linspace" else []), 3, 5, 8, 10, 13, 16, 50):
+        oracle.set_timesteps(steps)
+        table = solver_table(spec, SolverSettings(solver, steps, spacing=spacing))
+        assert table.timesteps.tolist() == oracle.timesteps.tolist(), steps
+        between = (table.timesteps % 1 != 0).any()
+        assert between == (spacing == "linspace" and steps != 10)
+    only = solver_table(spec, SolverSettings(solver, 1, spacing="linspace"))
+    assert only.timesteps.tolist() == [999]
+
+
+# diffusers hands a tensor to a NumPy function.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("solver", ["unipc-2", "unipc-3"])
+def test_unipc_timesteps_are_diffusers(solver: str) -> None:
+    """From t = T - 1, since that scheduler has no lambda_min_clipped."""
+    oracle = UniPCMultistepScheduler()
+    spec = tiny_spec(schedule="linear")
+    for steps in (1, 2, 5, 8, 10, 13, 20, 25, 27, 50, 100, 199):
+        oracle.set_timesteps(steps)
+        table = solver_table(spec, SolverSettings(solver, steps))
+        assert table.timesteps.tolist() == oracle.timesteps.tolist(), steps
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_what_all_spacings_have_in_common(spacing: Spacing) -> None:
     schedule = noise_schedule(ScheduleSpec("linear"))
@@ -100,9 +140,9 @@ def test_few_step_solvers_start_at_995_on_cosine() -> None:
     assert first_timestep(schedule, -5.1) == 995
     assert schedule.lambdas[995] >= -5.1 > schedule.lambdas[996]
     assert first_timestep(schedule, -100.0) == 999
-    for solver, first in (("ddpm", 999), ("ddim", 995), ("dpmpp-2m", 995)):
+    for solver in SOLVERS:
         table = solver_table(tiny_spec(schedule="cosine"), SolverSettings(solver, 25))
-        assert table.timesteps[0] == first
+        assert table.timesteps[0] == (999 if solver == "ddpm" else 995)
     # The linear schedule never gets there.
     assert first_timestep(noise_schedule(ScheduleSpec("linear")), -5.1) == 999
 
