@@ -27,13 +27,14 @@ from id3pm_deploy.defaults import GUIDANCE, SOLVER, STEPS
 from id3pm_deploy.errors import FaceError
 from id3pm_deploy.files import write_json
 from id3pm_deploy.generate import SampleSettings, conditions, make_pictures
+from id3pm_deploy.guidance import GuidanceSettings
 from id3pm_deploy.identity.alignment import FaceDetector, align
 from id3pm_deploy.identity.embed import embed_images, read_photo
 from id3pm_deploy.identity.embedders import Embedder, load_embedder
 from id3pm_deploy.identity.vectors import identity_file
 from id3pm_deploy.models import open_engine, open_model
 from id3pm_deploy.progress import progress
-from id3pm_deploy.solvers import SolverSettings
+from id3pm_deploy.solvers import SolverSettings, solver_table
 from id3pm_deploy.training.faces import picture_paths
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -182,13 +183,14 @@ def main(
     opened = open_model(model)
     settings = SampleSettings(
         solver=SolverSettings(solver=solver, steps=steps),
-        guidance=guidance,
+        guidance=GuidanceSettings(scale=guidance),
         seed=seed,
         count=count,
         batch_size=32,
     )
     wanted = conditions(opened.spec, file, count)
-    rows = -(-len(wanted.ids) // settings.batch_size) * steps
+    batches = -(-len(wanted.ids) // settings.batch_size)
+    rows = batches * len(solver_table(opened.spec, settings.solver))
     with (
         open_engine(opened, threads=threads) as engine,
         progress(rows, "pictures") as tick,

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import platform
-import secrets
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +18,8 @@ import numpy.typing as npt
 from . import __version__, defaults
 from .backends.base import Engine
 from .errors import InputError, NonFiniteError, OutputError
-from .files import make_folder, output_error, write_json
+from .files import make_folder, write_json
+from .guidance import GuidanceSettings
 from .identity.vectors import IdentityFile, check_identities, normalise_identities
 from .images import PictureMark, contact_sheet, save_png, save_sheet, to_uint8
 from .models import Model
@@ -28,6 +27,7 @@ from .progress import progress
 from .sampler import SampleJob, SeededNoise, sample_batches
 from .solvers import SolverSettings, SolverTable, solver_table
 from .spec import DiffusionSpec
+from .staging import staged_folder
 
 RECORD_NAME = "record.json"
 SHEET_NAME = "sheet.png"
@@ -45,8 +45,7 @@ class SampleSettings:
     """
 
     solver: SolverSettings = field(default_factory=SolverSettings)
-    guidance: float = defaults.GUIDANCE
-    guide_variance: bool = False
+    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     seed: int = 0
     count: int = defaults.COUNT
     batch_size: int = defaults.BATCH_SIZE
@@ -142,7 +141,6 @@ def make_pictures(
         table,
         settings.guidance,
         SeededNoise(settings.seed),
-        settings.guide_variance,
     )
     begun = time.perf_counter()
     pixels, failed = [], []
@@ -161,6 +159,8 @@ def picture_marks(
     engine: Engine, model: Model, settings: SampleSettings, count: int
 ) -> tuple[PictureMark, ...]:
     """What the pictures of samples 0 to ``count`` - 1 say about themselves."""
+    guidance = settings.guidance
+    listed = guidance.scales
     return tuple(
         PictureMark(
             tool_version=__version__,
@@ -168,7 +168,10 @@ def picture_marks(
             sample=index,
             solver=settings.solver.solver,
             steps=settings.solver.steps,
-            guidance=settings.guidance,
+            guidance=guidance.scale if listed is None else max(listed),
+            guidance_schedule=guidance.schedule if listed is None else "listed",
+            guidance_interval=guidance.interval,
+            guidance_rescale=guidance.rescale,
             backend=engine.info.backend,
             precision=engine.info.precision,
             checkpoint=model.title,
@@ -204,7 +207,8 @@ def sample_to_folder(
     """
     check_output(out, force=force)
     batches = -(-len(wanted.ids) // settings.batch_size)
-    with engine, progress(batches * settings.solver.steps, "sampling") as tick:
+    rows = len(solver_table(model.spec, settings.solver))
+    with engine, progress(batches * rows, "sampling") as tick:
         made = make_pictures(engine, model, settings, wanted, lambda _: tick())
         record = save_pictures(out, made, settings, engine, model, wanted, force=force)
     return made, record
@@ -270,9 +274,8 @@ def save_pictures(
         NonFiniteError: A sample failed; the others were written.
         OutputError: Something cannot be written.
     """
-    out = Path(os.path.abspath(out))
-    staging = make_folder(_hidden(out, "tmp"))
-    try:
+    make_folder(Path(os.path.abspath(out)).parent)
+    with staged_folder(out) as staging:
         record = _record(pictures, settings, engine, model, wanted)
         good = np.flatnonzero(~pictures.failed)
         for index in good:
@@ -282,9 +285,6 @@ def save_pictures(
             _save_sheet(staging / SHEET_NAME, pictures, good, settings.count)
         write_json(staging / RECORD_NAME, record)
         check_output(out, force=force)
-        _take_place(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     if pictures.failed.any():
         bad = ", ".join(map(str, np.flatnonzero(pictures.failed)))
         raise NonFiniteError(
@@ -293,24 +293,6 @@ def save_pictures(
             fix="try a float32 engine, fewer guidance or more steps",
         )
     return record
-
-
-def _hidden(out: Path, suffix: str) -> Path:
-    return out.with_name(f".{out.name}.{secrets.token_hex(6)}.{suffix}")
-
-
-def _take_place(staging: Path, out: Path) -> None:
-    """Rename ``staging`` to ``out``, moving an older run away first."""
-    old = _hidden(out, "old")
-    try:
-        if out.exists():
-            out.rename(old)
-        staging.rename(out)
-    except OSError as error:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        raise output_error(out, error) from error
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _save_sheet(
@@ -341,8 +323,7 @@ def _record(
         "checkpoint": model.title,
         "checkpoint_sha256": model.weights_sha256,
         "solver": dataclasses.asdict(pictures.table.settings),
-        "guidance": settings.guidance,
-        "guide_variance": settings.guide_variance,
+        "guidance": dataclasses.asdict(settings.guidance),
         "seed": settings.seed,
         "count": settings.count,
         "batch_size": settings.batch_size,

@@ -1,16 +1,25 @@
-"""Guidance as a table: which UNet rows there are and how they mix into samples."""
+"""Guidance as tables: which UNet rows there are, how they mix, and when.
+
+A :class:`GuidanceTable` is what one table row of a solver needs; a
+:class:`GuidancePlan` says which of a few such tables each table row takes, so that the
+guidance scale can move along a trajectory and rows at scale 1 run half the UNet rows.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from . import defaults
 from .errors import InputError
 
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,195 @@ class GuidanceTable:
         return len(self.row)
 
 
+SCHEDULES: dict[str, Callable[[Float64], Float64]] = {
+    "constant": np.ones_like,
+    "linear": lambda u: u,
+    "cosine": lambda u: (1 - np.cos(np.pi * u)) / 2,
+}
+"""Share of the way from scale 1 to the full scale, by progress u in [0, 1]; see
+:func:`guidance_scales`."""
+
+
+@dataclass(frozen=True)
+class GuidanceSettings:
+    """How strongly samples are guided, and when; kept in run records.
+
+    Attributes:
+        scale: Guidance scale s from 0 to 100; 1 is none. Where the scale moves, the
+            one it ends at.
+        schedule: How the scale moves: ``constant``, ``linear`` or ``cosine``; see
+            :func:`guidance_scales`.
+        scales: One scale for each table row, in place of ``scale`` and ``schedule``.
+        interval: Lowest and highest timestep that is guided, both included; outside,
+            the scale is 1 (Kynkäänniemi et al. 2024, who bound noise levels σ; these
+            are training timesteps). None: all are.
+        rescale: φ of guidance rescale, from 0 (off) to 1 (Lin et al. 2024, eq. 15 and
+            16): the share by which a guided prediction gets the standard deviation of
+            the conditional one.
+        guide_variance: Guide learned variance channels too.
+
+    Raises:
+        InputError: A value is out of range or contradicts another.
+    """
+
+    scale: float = defaults.GUIDANCE
+    schedule: str = "constant"
+    scales: tuple[float, ...] | None = None
+    interval: tuple[float, float] | None = None
+    rescale: float = 0.0
+    guide_variance: bool = False
+
+    def __post_init__(self) -> None:
+        for scale in (self.scale, *(self.scales or ())):
+            _check_scale(scale)
+        if self.schedule not in SCHEDULES:
+            raise InputError(
+                f"there is no guidance schedule {self.schedule!r}",
+                fix=f"use one of {', '.join(SCHEDULES)}",
+            )
+        if self.scales is not None and (not self.scales or self.schedule != "constant"):
+            raise InputError(
+                "a list of guidance scales must not be empty, nor have a schedule",
+                why=f"it has {len(self.scales)}, and the schedule {self.schedule!r}",
+                fix="give either a list of scales, or one scale and a schedule",
+            )
+        if self.interval is not None:
+            _check_interval(self.interval)
+        if not 0.0 <= self.rescale <= 1.0:
+            raise InputError(
+                "guidance rescale must be from 0 to 1", why=f"it is {self.rescale}"
+            )
+        if self.rescale and self.guide_variance:
+            raise InputError(
+                "guidance rescale cannot be used while learned variance is guided",
+                why="it refers to the conditional prediction, which is then not kept",
+                fix="leave out one of the two",
+            )
+
+
+def _check_scale(scale: float) -> None:
+    if not 0.0 <= scale <= 100.0:
+        raise InputError(
+            "the guidance scale must be from 0 to 100", why=f"it is {scale}"
+        )
+
+
+def _check_interval(interval: tuple[float, float]) -> None:
+    low, high = interval
+    if not 0.0 <= low <= high or not math.isfinite(high):
+        raise InputError(
+            "the guidance interval must be two timesteps, the lower one first",
+            why=f"it is {low:g} to {high:g}",
+        )
+
+
+@dataclass(frozen=True)
+class GuidancePlan:
+    """Guidance of a whole trajectory.
+
+    Attributes:
+        tables: The different ones that occur, all with the same B; R is B where the
+            scale is 1.
+        index: [N] int, the table of each table row.
+        rescale: [N] float32, φ of each table row; 0 where the scale is 1.
+    """
+
+    tables: tuple[GuidanceTable, ...]
+    index: npt.NDArray[np.intp]
+    rescale: Float32
+
+
+def guidance_scales(
+    settings: GuidanceSettings, timesteps: npt.NDArray[np.float64]
+) -> Float64:
+    """The guidance scale of every table row, [N] float64.
+
+    ``linear`` and ``cosine`` are the increasing schedules of Wang et al. 2024
+    ("Analysis of classifier-free guidance weight schedulers"), 1 - t/T and
+    cos(πt/T) + 1, moved and scaled so that a trajectory starts at scale 1 and ends at
+    the given scale s: with progress u = (t_first - t)/(t_first - t_last),
+
+        linear   1 + (s - 1)·u
+        cosine   1 + (s - 1)·(1 - cos πu)/2
+
+    Their weights are the s - 1 here, and doubled to keep the mean of a constant w; for
+    that, give s = 1 + 2w. u follows the timestep and not the row's number, so that two
+    rows at one timestep (Heun) share a scale. A single row has u = 1.
+
+    Args:
+        settings: What to do.
+        timesteps: [N], training timesteps of the table rows, first executed first.
+
+    Raises:
+        InputError: There are more or fewer scales than table rows, or no table row
+            lies in the interval.
+    """
+    times = np.asarray(timesteps, dtype=np.float64)
+    if settings.scales is None:
+        share = SCHEDULES[settings.schedule](_progress(times))
+        moved = 1 + (settings.scale - 1) * share
+        scales = np.where(share == 1, settings.scale, moved)
+    else:
+        scales = np.array(settings.scales, dtype=np.float64)
+    if len(scales) != len(times):
+        raise InputError(
+            f"there must be {len(times)} guidance scales, one for each table row",
+            why=f"there are {len(scales)}",
+        )
+    if settings.interval is None:
+        return scales
+    low, high = settings.interval
+    inside = (low <= times) & (times <= high)
+    if not inside.any():
+        raise InputError(
+            f"no table row lies in the guidance interval {low:g} to {high:g}",
+            why=f"their timesteps run from {times.max():g} to {times.min():g}",
+            fix="widen the interval, or switch guidance off with a scale of 1",
+        )
+    return np.where(inside, scales, 1.0)
+
+
+def _progress(times: Float64) -> Float64:
+    """0 at the first timestep, 1 at the last."""
+    span = times[0] - times[-1]
+    done: Float64 = (times[0] - times) / span if span else np.ones_like(times)
+    return done
+
+
+def guidance_plan(
+    identity: Float32, settings: GuidanceSettings, timesteps: npt.NDArray[np.float64]
+) -> GuidancePlan:
+    """Guidance of a batch over a trajectory.
+
+    What a sample is given depends on its own identity and the settings alone, so that
+    the batch cannot change its picture.
+
+    Args:
+        identity: [B, D] float32, normalised; a zero row makes an unconditional sample.
+        settings: What to do.
+        timesteps: [N], training timesteps of the table rows, first executed first.
+
+    Raises:
+        InputError: See :func:`guidance_scales`.
+    """
+    scales = guidance_scales(settings, timesteps)
+    rescale = np.where(scales == 1, 0, settings.rescale).astype(np.float32)
+    if not identity.any():
+        scales = np.ones_like(scales)
+    distinct, index = np.unique(scales, return_inverse=True)
+    guided = settings.guide_variance
+    tables: dict[int, GuidanceTable] = {}
+    shared = []
+    for scale in distinct.tolist():
+        table = guidance_table(identity, scale, guide_variance=guided)
+        # Tables of as many UNet rows differ in their mix only.
+        first = tables.setdefault(table.unet_rows, table)
+        shared.append(
+            dataclasses.replace(table, row=first.row, identity=first.identity)
+        )
+    return GuidancePlan(tuple(shared), index, rescale)
+
+
 def guidance_table(
     identity: Float32, scale: float, *, guide_variance: bool = False
 ) -> GuidanceTable:
@@ -56,10 +254,7 @@ def guidance_table(
     Raises:
         InputError: The scale is not a finite number from 0 to 100.
     """
-    if not math.isfinite(scale) or not 0.0 <= scale <= 100.0:
-        raise InputError(
-            "the guidance scale must be from 0 to 100", why=f"it is {scale}"
-        )
+    _check_scale(scale)
     count = len(identity)
     own = np.arange(count, dtype=np.int32)
     guided = identity.any(axis=1) & (scale != 1.0)

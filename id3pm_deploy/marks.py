@@ -7,16 +7,15 @@ faces are personal data.
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
 import struct
-import xml.etree.ElementTree as ET
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
-from xml.sax.saxutils import escape
 
 from .errors import InputError
 
@@ -37,6 +36,14 @@ KEYWORD = "XML:com.adobe.xmp"
 """Of the PNG text chunk that holds the packet."""
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TOOL = "id3pm-deploy"
+_TEXTS = (
+    "tool_version",
+    "solver",
+    "backend",
+    "precision",
+    "checkpoint",
+    "guidance_schedule",
+)
 _LONGEST_TEXT = 200
 _LARGEST_PACKET = 1 << 16
 
@@ -53,12 +60,14 @@ class PictureMark:
     """How a picture was made, and that it was made; written into its PNG.
 
     ``sample`` is None on a sheet of several samples; ``composite`` says that a photo is
-    on it as well. ``checkpoint`` is a title, never a path. Text is reduced to one line
-    of at most 200 characters that XML can hold.
+    on it as well. ``checkpoint`` is a title, never a path. Of a list of guidance scales
+    the largest is kept, and ``listed`` as the schedule. What has a default and is at it
+    is not written. Text is reduced to one line of at most 200 characters that XML can
+    hold.
 
     Raises:
         InputError: The seed or the sample is negative, there is less than one step, or
-            the guidance is not a finite number.
+            a number of the guidance is not finite.
     """
 
     tool_version: str
@@ -70,27 +79,35 @@ class PictureMark:
     backend: str
     precision: str
     checkpoint: str = ""
+    guidance_schedule: str = "constant"
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
     composite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tool_version", "solver", "backend", "precision", "checkpoint"):
+        for name in _TEXTS:
             object.__setattr__(self, name, _clean(getattr(self, name)))
+        guidance = (
+            self.guidance,
+            self.guidance_rescale,
+            *(self.guidance_interval or ()),
+        )
         numbers = (self.seed, self.sample or 0, self.steps - 1)
-        if min(numbers) < 0 or not math.isfinite(self.guidance):
+        if min(numbers) < 0 or not all(map(math.isfinite, guidance)):
             raise InputError(
                 "a picture's mark has a number that is out of range",
                 why=f"seed {self.seed}, sample {self.sample}, steps {self.steps}, "
-                f"guidance {self.guidance}",
+                f"guidance {guidance}",
             )
 
 
 def xmp_packet(mark: PictureMark) -> str:
     """The XMP packet, as text, that says what ``mark`` says."""
-    values = {key: value for key, value in asdict(mark).items() if value is not None}
-    source = COMPOSITE if values.pop("composite") else GENERATED
+    source = COMPOSITE if mark.composite else GENERATED
+    version = html.escape(mark.tool_version, quote=False)
     ours = "".join(
-        f"   <id3pm:{key}>{escape(str(value))}</id3pm:{key}>\n"
-        for key, value in values.items()
+        f"   <id3pm:{key}>{html.escape(value, quote=False)}</id3pm:{key}>\n"
+        for key, value in _text_from_mark(mark).items()
     )
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
@@ -100,11 +117,24 @@ def xmp_packet(mark: PictureMark) -> str:
         f' xmlns:xmp="{_XMP}" xmlns:id3pm="{NAMESPACE}">\n'
         "   <Iptc4xmpExt:DigitalSourceType>"
         f"{source}</Iptc4xmpExt:DigitalSourceType>\n"
-        f"   <xmp:CreatorTool>{_TOOL} {escape(mark.tool_version)}</xmp:CreatorTool>\n"
+        f"   <xmp:CreatorTool>{_TOOL} {version}</xmp:CreatorTool>\n"
         f"{ours}"
         "  </rdf:Description>\n </rdf:RDF>\n</x:xmpmeta>\n"
         '<?xpacket end="r"?>'
     )
+
+
+def _text_from_mark(mark: PictureMark) -> dict[str, str]:
+    """Our own properties by name; those that may be left out only where they say
+    something."""
+    text = {}
+    for item in fields(mark):
+        value = getattr(mark, item.name)
+        if item.name == "composite" or value is None or value == item.default:
+            continue
+        pair = isinstance(value, tuple)
+        text[item.name] = " ".join(map(str, value)) if pair else str(value)
+    return text
 
 
 def read_mark(path: Path) -> PictureMark:
@@ -119,7 +149,7 @@ def read_mark(path: Path) -> PictureMark:
         return _parse_packet(packet)
     except OSError as error:
         raise InputError(f"cannot read {path}", why=str(error.strerror)) from error
-    except (ValueError, struct.error, ET.ParseError) as error:
+    except (ValueError, struct.error, SyntaxError) as error:  # ParseError is the last
         raise InputError(
             f"{path} is not a marked picture",
             why=str(error),
@@ -151,6 +181,8 @@ def _find_packet(handle: BinaryIO) -> str:
 
 def _parse_packet(packet: str) -> PictureMark:
     """The mark in an XMP packet. Raises ValueError or ParseError."""
+    import xml.etree.ElementTree as ET  # writing a mark, as sampling does, needs none
+
     if "<!" in packet:  # before any parser: no DOCTYPE, so no entities
         raise ValueError("its XMP has a declaration, which XMP does not need")
     found: dict[str, str] = {}
@@ -171,22 +203,25 @@ def _parse_packet(packet: str) -> PictureMark:
 
 def _mark_from_text(text: dict[str, str], *, composite: bool) -> PictureMark:
     """A mark from its properties; unknown ones are left to later versions."""
-    known: dict[str, Any] = {"composite": composite}
-    for name in PictureMark.__dataclass_fields__:
-        if name == "composite":
-            continue
-        if name not in text:
-            if name in ("sample", "checkpoint"):
-                continue
-            raise ValueError(f"its XMP lacks {name}")
-        value = text[name].strip()
-        if name in ("seed", "sample", "steps"):
-            if not re.fullmatch("[0-9]{1,39}", value):
-                raise ValueError(f"its {name} is no whole number")
-            known[name] = int(value)
-        else:
-            known[name] = float(value) if name == "guidance" else value
+    known: dict[str, Any] = {"composite": composite, "sample": None}
+    for item in fields(PictureMark):
+        if item.name in text and item.name != "composite":
+            known[item.name] = _value_from_text(item.name, text[item.name].strip())
+        elif item.default is MISSING and item.name not in known:
+            raise ValueError(f"its XMP lacks {item.name}")
     try:
-        return PictureMark(**{"sample": None, **known})
+        return PictureMark(**known)
     except InputError as error:
         raise ValueError(error.what) from error
+
+
+def _value_from_text(name: str, value: str) -> Any:
+    if name in ("seed", "sample", "steps"):
+        if not re.fullmatch("[0-9]{1,39}", value):
+            raise ValueError(f"its {name} is no whole number")
+        return int(value)
+    if name == "guidance_interval":
+        if len(ends := value.split()) != 2:
+            raise ValueError(f"its {name} is not two numbers")
+        return float(ends[0]), float(ends[1])
+    return float(value) if name in ("guidance", "guidance_rescale") else value

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from .backends.base import Engine
 from .errors import InputError
-from .guidance import guidance_table
+from .guidance import GuidancePlan, GuidanceSettings, guidance_plan
 from .noise import batch_normals
-from .solvers import SolverTable
+from .solvers import RESCALE_COLUMN, SolverTable
 
 Float32 = npt.NDArray[np.float32]
 
@@ -56,17 +56,15 @@ class SampleJob:
         identity: [n, D] float32, normalised, one row a sample; zeros for
             unconditional ones.
         table: The solver.
-        guidance: Guidance scale.
+        guidance: How strongly the samples are guided, and when.
         noise: Noise source; sample i of the job is sample ``first_sample + i``.
-        guide_variance: Guide learned variance channels too.
         first_sample: Index of the job's first sample.
     """
 
     identity: Float32
     table: SolverTable
-    guidance: float
+    guidance: GuidanceSettings
     noise: NoiseSource
-    guide_variance: bool = False
     first_sample: int = 0
 
 
@@ -86,6 +84,44 @@ class SampleBatch:
     failed: npt.NDArray[np.bool_]
 
 
+def step_rows(table: SolverTable, plan: GuidancePlan) -> Float32:
+    """The solver's table with what guidance puts into it: [N, S] float32."""
+    rows: Float32 = table.rows.copy()
+    rows[:, RESCALE_COLUMN] = plan.rescale
+    return rows
+
+
+def walk(engine: Engine, job: SampleJob, samples: Sequence[int]) -> Iterator[int]:
+    """Begin a trajectory and run its table rows; yields j after table row j.
+
+    The engine's getters may be used after each row, and ``load_state`` too: the next
+    row then starts from that state.
+
+    Args:
+        engine: An entered engine.
+        job: What to sample.
+        samples: Which of the job's samples, as positions in ``job.identity``.
+
+    Raises:
+        InputError: The guidance does not fit the table.
+        EngineError: The engine cannot run the table.
+    """
+    shape = engine.shapes.picture
+    numbers = [job.first_sample + i for i in samples]
+    identity = np.ascontiguousarray(job.identity[list(samples)])
+    plan = guidance_plan(identity, job.guidance, job.table.timesteps)
+    now = plan.index[0]
+    x_t = job.noise.start(numbers, shape) * np.float32(job.table.x_scale)
+    engine.begin(x_t, plan.tables[now])
+    for j, values in enumerate(step_rows(job.table, plan)):
+        if plan.index[j] != now:
+            now = plan.index[j]
+            engine.guide(plan.tables[now])
+        noise = job.noise.row(j, numbers, shape) if job.table.stochastic[j] else None
+        engine.run_row(np.repeat(values[None], len(numbers), axis=0), noise)
+        yield j
+
+
 def run_trajectory(
     engine: Engine,
     job: SampleJob,
@@ -99,22 +135,18 @@ def run_trajectory(
         job: What to sample.
         samples: Which of the job's samples, as positions in ``job.identity``.
         on_row: Called with j after table row j; the engine's getters may be used.
+
+    Raises:
+        InputError, EngineError: See :func:`walk`.
     """
-    shape = engine.shapes.picture
-    numbers = [job.first_sample + i for i in samples]
-    identity = np.ascontiguousarray(job.identity[list(samples)])
-    guided = guidance_table(identity, job.guidance, guide_variance=job.guide_variance)
-    x_t = job.noise.start(numbers, shape) * np.float32(job.table.x_scale)
-    engine.begin(x_t, guided)
-    for j, values in enumerate(job.table.rows):
-        noise = job.noise.row(j, numbers, shape) if job.table.stochastic[j] else None
-        engine.run_row(np.repeat(values[None], len(numbers), axis=0), noise)
+    for j in walk(engine, job, samples):
         if on_row is not None:
             on_row(j)
     images = engine.state()[0]
     # A finite but enormous learned variance overflows after the UNet's own check.
     overflowed = ~np.isfinite(images).all(axis=(1, 2, 3))
-    return SampleBatch(tuple(numbers), images, engine.failed_samples() | overflowed)
+    numbers = tuple(job.first_sample + i for i in samples)
+    return SampleBatch(numbers, images, engine.failed_samples() | overflowed)
 
 
 def sample_batches(
@@ -126,7 +158,8 @@ def sample_batches(
     """Sample the whole job, ``batch_size`` samples at a time, in order.
 
     Raises:
-        InputError: ``batch_size`` is below 1, or the identities do not fit the model.
+        InputError: ``batch_size`` is below 1, the identities do not fit the model, or
+            the guidance does not fit the table.
     """
     if batch_size < 1:
         raise InputError("the batch size must be at least 1", why=f"it is {batch_size}")

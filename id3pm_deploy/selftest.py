@@ -7,7 +7,6 @@ outputs; no person's identity is in it.
 from __future__ import annotations
 
 import io
-import zipfile
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -16,14 +15,13 @@ import numpy.typing as npt
 from .backends.base import STEP_INPUTS, Engine
 from .bundle import GraphEntry
 from .compare import Comparison, compare
-from .errors import BundleError, ParityError, first_line
+from .errors import BundleError, ParityError
 from .guidance import GuidanceTable
-from .identity.vectors import _array_from_npy
-from .solvers import STATE_SLOTS, STEP_WIDTH
+from .npz import NpzError, NpzReader, open_npz
+from .solvers import RESCALE_COLUMN, STATE_SLOTS, STEP_WIDTH
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-_MAX_GOLDEN_BYTES = 1 << 30
 _EXPECTED = ("expected.state_next", "expected.x0", "expected.finite")
 _FIX = "copy the bundle again or rebuild it; do not use this file"
 
@@ -54,33 +52,24 @@ def load_golden(bundle: Readable, graph: GraphEntry) -> Arrays:
     """
     data = bundle.read(graph.golden)
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            arrays = _read_arrays(archive)
-    except BundleError:
-        raise
-    except Exception as error:  # a damaged zip can raise almost anything
+        # It is not compressed, so what it unpacks to is no longer than the file.
+        with open_npz(data, len(data)) as reader:
+            arrays = _read_arrays(reader)
+    except NpzError as error:
         raise BundleError(
-            "the bundle's golden data is damaged", why=first_line(error), fix=_FIX
+            "the bundle's golden data is damaged", why=str(error), fix=_FIX
         ) from error
     _check_shapes(arrays)
-    return arrays
+    return arrays | {"step": _full_width(arrays["step"])}
 
 
-def _read_arrays(archive: zipfile.ZipFile) -> Arrays:
-    """The wanted members; sizes are checked before anything is unpacked."""
-    if sum(item.file_size for item in archive.infolist()) > _MAX_GOLDEN_BYTES:
-        raise ValueError("it unpacks to more than 1 GiB")
-    # zipfile unpacks these two piece by piece; others could fill the memory.
-    plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    if any(item.compress_type not in plain for item in archive.infolist()):
-        raise ValueError("it is packed in a way that is not allowed")
+def _read_arrays(reader: NpzReader) -> Arrays:
     wanted = (*STEP_INPUTS, *_EXPECTED)
-    there = set(archive.namelist())
-    if missing := [name for name in wanted if f"{name}.npy" not in there]:
+    if missing := [name for name in wanted if name not in reader.names]:
         raise BundleError(
             f"the bundle's golden data lacks {', '.join(missing)}", fix=_FIX
         )
-    return {name: _array_from_npy(archive.read(f"{name}.npy")) for name in wanted}
+    return {name: reader.read(name) for name in wanted}
 
 
 def _check_shapes(arrays: Arrays) -> None:
@@ -94,7 +83,7 @@ def _check_shapes(arrays: Arrays) -> None:
         "identity": (rows, identity.shape[1]),
         "row": (rows,),
         "mix": (2, samples, rows),
-        "step": (samples, STEP_WIDTH),
+        "step": (samples, _width(arrays["step"])),
         "expected.state_next": (STATE_SLOTS, *picture),
         "expected.x0": picture,
         "expected.finite": (rows,),
@@ -103,6 +92,17 @@ def _check_shapes(arrays: Arrays) -> None:
         kind = np.int32 if name == "row" else np.float32
         if arrays[name].shape != shape or arrays[name].dtype != kind or 0 in shape:
             raise _unfit(name, arrays[name].dtype, arrays[name].shape)
+
+
+def _width(step: npt.NDArray[Any]) -> int:
+    """Numbers in a table row of golden data: this release's, or those of a graph that
+    was exported before guidance rescale."""
+    return RESCALE_COLUMN if step.shape[-1:] == (RESCALE_COLUMN,) else STEP_WIDTH
+
+
+def _full_width(step: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Table rows with the neutral 0 in the columns they lack."""
+    return np.pad(step, ((0, 0), (0, STEP_WIDTH - step.shape[1])))
 
 
 def _unfit(name: str, *found: object) -> BundleError:

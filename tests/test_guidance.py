@@ -1,15 +1,25 @@
-"""Guidance tables: which UNet rows there are and how they mix."""
+"""Guidance tables: which UNet rows there are, how they mix, and when."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from models import random_identity, tiny_spec
 
+from id3pm_deploy.defaults import GUIDANCE_SCHEDULES
 from id3pm_deploy.errors import InputError
-from id3pm_deploy.guidance import GuidanceTable, guidance_table
+from id3pm_deploy.guidance import (
+    SCHEDULES,
+    GuidanceSettings,
+    GuidanceTable,
+    guidance_plan,
+    guidance_scales,
+    guidance_table,
+)
 
 IDENTITY = random_identity(3, tiny_spec())
 
@@ -100,3 +110,161 @@ def test_the_callers_vectors_are_left_alone() -> None:
 def test_scales_out_of_range(scale: float) -> None:
     with pytest.raises(InputError, match="guidance scale must be from 0 to 100"):
         guidance_table(IDENTITY, scale)
+
+
+TIMES = np.array([900.0, 600.0, 300.0, 0.0])
+
+
+def scales(times: Any = TIMES, **settings: Any) -> list[float]:
+    found = guidance_scales(GuidanceSettings(**settings), np.array(times))
+    assert found.dtype == np.float64
+    values: list[float] = found.tolist()
+    return values
+
+
+def test_the_scale_may_move() -> None:
+    """By hand: cos(π/3) = ½, so the cosine is at ¼ and ¾ of its way."""
+    assert scales(scale=4.0) == [4, 4, 4, 4]
+    assert scales(scale=4.0, schedule="linear") == pytest.approx([1, 2, 3, 4])
+    assert scales(scale=4.0, schedule="cosine") == pytest.approx([1, 1.75, 3.25, 4])
+    assert scales(scale=0.0, schedule="linear") == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert scales(scales=(3.0, 1.0, 0.5, 7.0)) == [3, 1, 0.5, 7]
+    assert tuple(SCHEDULES) == GUIDANCE_SCHEDULES
+
+
+def test_the_ends_are_exact() -> None:
+    for schedule in ("linear", "cosine"):
+        found = scales(np.linspace(995, 0, 50), scale=0.1, schedule=schedule)
+        assert (found[0], found[-1]) == (1.0, 0.1)
+        assert len(set(found)) == 50
+        # No row of scale 1 may be taken for a guided one.
+        assert set(scales(np.linspace(995, 0, 50), scale=1.0, schedule=schedule)) == {1}
+    assert set(scales(scale=0.1)) == {0.1}
+
+
+def test_a_schedule_follows_the_timestep() -> None:
+    """Uneven steps move it unevenly, and two rows at one timestep share a scale."""
+    assert scales([900, 450, 450, 0], scale=3.0, schedule="linear") == [1, 2, 2, 3]
+    assert scales([999, 90, 0], scale=100.0, schedule="linear") == pytest.approx(
+        [1, 1 + 99 * 909 / 999, 100]
+    )
+    assert scales([995], scale=3.0, schedule="cosine") == [3]
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        ((300, 600), [1, 3, 3, 1]),
+        ((300.5, 599.5), None),
+        ((0, 300), [1, 1, 3, 3]),
+        ((600, 600), [1, 3, 1, 1]),
+        ((0, 900), [3, 3, 3, 3]),
+    ],
+)
+def test_outside_the_interval_the_scale_is_one(
+    interval: tuple[float, float], expected: list[float] | None
+) -> None:
+    if expected is None:
+        with pytest.raises(InputError, match="no table row lies in the guidance") as e:
+            scales(scale=3.0, interval=interval)
+        assert "900 to 0" in e.value.why
+    else:
+        assert scales(scale=3.0, interval=interval) == expected
+
+
+def test_an_interval_of_a_schedule() -> None:
+    """The schedule runs over the whole trajectory, the interval cuts it."""
+    moved = {"scale": 4.0, "schedule": "linear"}
+    assert scales(**moved, interval=(300, 600)) == pytest.approx([1, 2, 3, 1])
+    listed = (3.0, 1.0, 0.5, 7.0)
+    assert scales(scales=listed, interval=(0, 300)) == [1, 1, 0.5, 7]
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_a_list_has_one_scale_for_each_table_row(count: int) -> None:
+    with pytest.raises(InputError, match="must be 4 guidance scales") as error:
+        scales(scales=(2.0,) * count)
+    assert error.value.why == f"there are {count}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale": math.nan}, "guidance scale must be from 0 to 100"),
+        ({"scale": 101.0}, "guidance scale must be from 0 to 100"),
+        ({"scales": (1.0, -2.0)}, "guidance scale must be from 0 to 100"),
+        ({"scales": (1.0, math.inf)}, "guidance scale must be from 0 to 100"),
+        ({"scales": ()}, "must not be empty"),
+        ({"scales": (1.0,), "schedule": "linear"}, "nor have a schedule"),
+        ({"schedule": "sine"}, "no guidance schedule 'sine'"),
+        ({"interval": (5.0, 4.0)}, "lower one first"),
+        ({"interval": (-1.0, 4.0)}, "lower one first"),
+        ({"interval": (0.0, math.inf)}, "lower one first"),
+        ({"interval": (math.nan, 4.0)}, "lower one first"),
+        ({"interval": (0.0, math.nan)}, "lower one first"),
+        ({"rescale": -0.1}, "rescale must be from 0 to 1"),
+        ({"rescale": 1.1}, "rescale must be from 0 to 1"),
+        ({"rescale": math.nan}, "rescale must be from 0 to 1"),
+        ({"rescale": 0.5, "guide_variance": True}, "learned variance is guided"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GuidanceSettings(**settings)
+
+
+def plan_scales(identity: npt.NDArray[np.float32], **settings: Any) -> list[float]:
+    """The scale of sample 0 in every table row, read out of the plan's mixes."""
+    plan = guidance_plan(identity, GuidanceSettings(**settings), TIMES)
+    return [float(plan.tables[i].mix[0, 0, 0]) for i in plan.index]
+
+
+def test_a_plan_has_the_tables_it_needs() -> None:
+    settings = GuidanceSettings(2.0, interval=(300, 600), rescale=0.7)
+    plan = guidance_plan(IDENTITY, settings, TIMES)
+    assert [plan.tables[i].unet_rows for i in plan.index] == [3, 6, 6, 3]
+    assert len(plan.tables) == 2
+    assert plan.rescale.dtype == np.float32
+    assert plan.rescale.tolist() == pytest.approx([0, 0.7, 0.7, 0])
+    for i, scale in zip(plan.index, (1.0, 2.0, 2.0, 1.0), strict=True):
+        expected = guidance_table(IDENTITY, scale)
+        check_types(plan.tables[i], 3, expected.unet_rows)
+        for part in ("row", "identity", "mix"):
+            found = getattr(plan.tables[i], part)
+            assert (found == getattr(expected, part)).all()
+
+
+def test_a_plan_of_many_scales_keeps_the_vectors_once() -> None:
+    plan = guidance_plan(IDENTITY, GuidanceSettings(4.0, "cosine"), TIMES)
+    assert plan_scales(IDENTITY, scale=4.0, schedule="cosine") == pytest.approx(
+        [1, 1.75, 3.25, 4]
+    )
+    assert [plan.tables[i].unet_rows for i in plan.index] == [3, 6, 6, 6]
+    guided = [plan.tables[i] for i in plan.index[1:]]
+    assert all(table.identity is guided[0].identity for table in guided)
+
+
+def test_variance_is_guided_in_every_table() -> None:
+    settings = GuidanceSettings(4.0, "linear", guide_variance=True)
+    for table in guidance_plan(IDENTITY, settings, TIMES).tables:
+        assert (table.mix[0] == table.mix[1]).all()
+
+
+def test_a_plan_without_identities_has_one_table() -> None:
+    """And the same rescale as beside guided samples: the batch changes nothing."""
+    settings = GuidanceSettings(4.0, "linear", rescale=0.5)
+    plan = guidance_plan(np.zeros_like(IDENTITY), settings, TIMES)
+    assert len(plan.tables) == 1
+    check_types(plan.tables[0], 3, 3)
+    assert plan.index.tolist() == [0, 0, 0, 0]
+    beside = guidance_plan(IDENTITY, settings, TIMES)
+    assert plan.rescale.tolist() == beside.rescale.tolist() == [0, 0.5, 0.5, 0.5]
+
+
+def test_a_plain_scale_is_one_table_and_no_rescale() -> None:
+    for scale in (1.0, 2.0):
+        plan = guidance_plan(IDENTITY, GuidanceSettings(scale), TIMES)
+        assert len(plan.tables) == 1
+        assert not plan.rescale.any()
+    plan = guidance_plan(IDENTITY, GuidanceSettings(1.0, rescale=1.0), TIMES)
+    assert not plan.rescale.any(), "nothing to rescale"

@@ -38,6 +38,9 @@ MARK = PictureMark(
 )
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 OURS = "urn:id3pm-deploy:1.0#"
+AT_DEFAULT = {f"guidance_{x}" for x in ("schedule", "interval", "rescale")}
+AT_DEFAULT |= {"composite"}
+"""Properties that MARK does not say, because they are at their defaults."""
 
 
 def noise(*shape: int, seed: int = 0) -> Pixels:
@@ -136,7 +139,7 @@ def test_the_xmp_is_xml_and_calls_the_picture_generated(tmp_path: Path) -> None:
     iptc = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
     assert text[iptc] == GENERATED
     assert text["{http://ns.adobe.com/xap/1.0/}CreatorTool"] == "id3pm-deploy 0.1.0"
-    values = {key: value for key, value in asdict(MARK).items() if key != "composite"}
+    values = {k: v for k, v in asdict(MARK).items() if k not in AT_DEFAULT}
     expected = {f"{{{OURS}}}{key}": str(value) for key, value in values.items()}
     assert {k: v for k, v in text.items() if k.startswith(f"{{{OURS}}}")} == expected
 
@@ -158,6 +161,9 @@ def test_a_png_holds_nothing_beside_picture_and_mark(tmp_path: Path) -> None:
         "backend",
         "precision",
         "checkpoint",
+        "guidance_schedule",
+        "guidance_interval",
+        "guidance_rescale",
         "composite",
     }
 
@@ -191,6 +197,8 @@ def test_text_from_outside_cannot_break_the_xmp(tmp_path: Path) -> None:
         {"steps": 0},
         {"guidance": float("nan")},
         {"guidance": float("inf")},
+        {"guidance_rescale": float("nan")},
+        {"guidance_interval": (0.0, float("inf"))},
     ],
 )
 def test_a_mark_out_of_range_is_refused(change: dict[str, Any]) -> None:
@@ -206,7 +214,11 @@ def test_large_seeds_come_back_exactly(tmp_path: Path, seed: int) -> None:
 
 
 def test_the_compact_form_that_editors_write_is_read(tmp_path: Path) -> None:
-    values = " ".join(f'i:{key}="{value}"' for key, value in asdict(MARK).items())
+    values = " ".join(
+        f'i:{key}="{value}"'
+        for key, value in asdict(MARK).items()
+        if key not in AT_DEFAULT
+    )
     packet = (
         '<r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
         f'<r:Description xmlns:i="{OURS}" {values} '

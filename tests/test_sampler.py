@@ -13,21 +13,36 @@ from models import random_identity, tiny_network, tiny_spec
 from id3pm_deploy.backends.base import Engine, EngineInfo, step_shapes
 from id3pm_deploy.backends.torch import TorchEngine
 from id3pm_deploy.errors import InputError
-from id3pm_deploy.guidance import GuidanceTable, guidance_table
+from id3pm_deploy.guidance import (
+    GuidanceSettings,
+    GuidanceTable,
+    guidance_plan,
+    guidance_table,
+)
 from id3pm_deploy.sampler import (
     SampleBatch,
     SampleJob,
     SeededNoise,
     run_trajectory,
     sample_batches,
+    step_rows,
+    walk,
 )
-from id3pm_deploy.solvers import STATE_SLOTS, STEP_WIDTH, SolverSettings, solver_table
+from id3pm_deploy.solvers import (
+    RESCALE_COLUMN,
+    STATE_SLOTS,
+    STEP_WIDTH,
+    SolverSettings,
+    solver_table,
+)
 
 Float32 = npt.NDArray[np.float32]
 
 SPEC = tiny_spec(schedule="cosine", prediction_type="v", learned_variance=True)
 SHAPES = step_shapes(SPEC)
 IDENTITY = random_identity(5, SPEC)
+PLAIN, GUIDED = GuidanceSettings(1.0), GuidanceSettings(2.0)
+MOVED = GuidanceSettings(4.0, "linear", interval=(200, 900), rescale=0.6)
 
 
 class RecordingEngine(Engine):
@@ -46,6 +61,9 @@ class RecordingEngine(Engine):
         self.calls.append(("begin", x_t.copy(), guidance))
         self._state = np.zeros((STATE_SLOTS, *x_t.shape), dtype=np.float32)
         self._state[0] = x_t
+
+    def _guide(self, guidance: GuidanceTable) -> None:
+        self.calls.append(("guide", guidance))
 
     def _run(self, step: Float32, noise: Float32 | None) -> Float32:
         self.calls.append(("row", step.copy(), noise))
@@ -91,7 +109,7 @@ def recorded(job: SampleJob, batch_size: int) -> tuple[RecordingEngine, list[Any
 def test_noise_is_asked_for_in_order_and_only_where_it_is_used() -> None:
     noise = RecordingNoise()
     table = solver_table(SPEC, SolverSettings("ddpm", 4))
-    job = SampleJob(IDENTITY, table, 1.0, noise, first_sample=10)
+    job = SampleJob(IDENTITY, table, PLAIN, noise, first_sample=10)
     engine, batches = recorded(job, 3)
     assert noise.asked == [
         *[("start", 10, 11, 12), (0, 10, 11, 12), (1, 10, 11, 12), (2, 10, 11, 12)],
@@ -112,14 +130,15 @@ def test_noise_is_asked_for_in_order_and_only_where_it_is_used() -> None:
 def test_a_deterministic_table_asks_for_the_start_alone() -> None:
     noise = RecordingNoise()
     table = solver_table(SPEC, SolverSettings("dpmpp-2m", 4))
-    engine, _ = recorded(SampleJob(IDENTITY, table, 2.0, noise), 5)
+    engine, _ = recorded(SampleJob(IDENTITY, table, GUIDED, noise), 5)
     assert noise.asked == [("start", 0, 1, 2, 3, 4)]
     assert all(call[2] is None for call in engine.calls if call[0] == "row")
 
 
 def test_each_sample_gets_its_own_identity_and_start() -> None:
     table = solver_table(SPEC, SolverSettings("ddim", 2))
-    job = SampleJob(IDENTITY, table, 2.0, RecordingNoise(), guide_variance=True)
+    both = GuidanceSettings(2.0, guide_variance=True)
+    job = SampleJob(IDENTITY, table, both, RecordingNoise())
     engine, batches = recorded(job, 2)
     begun = [call for call in engine.calls if call[0] == "begin"]
     assert len(begun) == 3
@@ -136,11 +155,45 @@ def test_each_sample_gets_its_own_identity_and_start() -> None:
     ]
 
 
+def test_guidance_changes_only_where_it_has_to() -> None:
+    """λ ≥ -5.1 puts the rows at 995, 746, 498, 249 and 0."""
+    table = solver_table(SPEC, SolverSettings("ddim", 5))
+    settings = GuidanceSettings(2.0, interval=(300, 800), rescale=0.5)
+    engine, _ = recorded(SampleJob(IDENTITY, table, settings, SeededNoise(0)), 5)
+    kinds = [call[0] for call in engine.calls]
+    assert kinds == ["begin", "row", "guide", "row", "row", "guide", "row", "row"]
+    begun, *guided = [call[-1] for call in engine.calls if call[0] != "row"]
+    assert [table.unet_rows for table in (begun, *guided)] == [5, 10, 5]
+    steps = [call[1] for call in engine.calls if call[0] == "row"]
+    for step, row, phi in zip(steps, table.rows, (0, 0.5, 0.5, 0, 0), strict=True):
+        assert (step[:, RESCALE_COLUMN] == phi).all()
+        assert (step[:, :RESCALE_COLUMN] == row[:RESCALE_COLUMN]).all()
+        assert len(step) == 5
+
+
+def test_step_rows_leave_the_table_alone() -> None:
+    table = solver_table(SPEC, SolverSettings("ddim", 5))
+    before = table.rows.copy()
+    plan = guidance_plan(IDENTITY, MOVED, table.timesteps)
+    rows = step_rows(table, plan)
+    assert rows.dtype == np.float32
+    assert (rows[:, RESCALE_COLUMN] == plan.rescale).all()
+    assert plan.rescale.any()
+    assert (table.rows == before).all()
+
+
+def test_guidance_that_does_not_fit_the_table() -> None:
+    table = solver_table(SPEC, SolverSettings("ddim", 5))
+    listed = GuidanceSettings(scales=(1.0, 2.0))
+    with pytest.raises(InputError, match="must be 5 guidance scales"):
+        recorded(SampleJob(IDENTITY, table, listed, SeededNoise(0)), 5)
+
+
 def test_failures_are_kept_until_the_next_trajectory() -> None:
     table = solver_table(SPEC, SolverSettings("ddim", 3))
     identity = IDENTITY[:3].copy()
     identity[1] = 0.0
-    job = SampleJob(identity, table, 2.0, SeededNoise(0))
+    job = SampleJob(identity, table, GUIDED, SeededNoise(0))
     engine = RecordingEngine()
 
     def fail_once(j: int) -> None:
@@ -166,7 +219,7 @@ def test_a_picture_that_is_not_finite_has_failed(value: float) -> None:
             return state
 
     table = solver_table(SPEC, SolverSettings("ddim", 2))
-    job = SampleJob(IDENTITY[:3], table, 1.0, SeededNoise(0))
+    job = SampleJob(IDENTITY[:3], table, PLAIN, SeededNoise(0))
     found = run_trajectory(Overflowing(), job, [0, 1, 2])
     assert found.failed.tolist() == [False, True, False]
 
@@ -175,20 +228,20 @@ def test_a_picture_that_is_not_finite_has_failed(value: float) -> None:
 def test_batch_sizes_out_of_range(size: int) -> None:
     table = solver_table(SPEC, SolverSettings("ddim", 2))
     with pytest.raises(InputError, match="batch size must be at least 1"):
-        recorded(SampleJob(IDENTITY, table, 1.0, SeededNoise(0)), size)
+        recorded(SampleJob(IDENTITY, table, PLAIN, SeededNoise(0)), size)
 
 
 @pytest.mark.parametrize("shape", [(5, 15), (5, 17), (16,), (1, 5, 16)])
 def test_identities_of_another_length(shape: tuple[int, ...]) -> None:
     table = solver_table(SPEC, SolverSettings("ddim", 2))
-    job = SampleJob(np.zeros(shape, np.float32), table, 1.0, SeededNoise(0))
+    job = SampleJob(np.zeros(shape, np.float32), table, PLAIN, SeededNoise(0))
     with pytest.raises(InputError, match="must be \\[n, 16\\]"):
         recorded(job, 2)
 
 
 def test_no_identities_make_no_batches() -> None:
     table = solver_table(SPEC, SolverSettings("ddim", 2))
-    _, batches = recorded(SampleJob(IDENTITY[:0], table, 1.0, SeededNoise(0)), 2)
+    _, batches = recorded(SampleJob(IDENTITY[:0], table, PLAIN, SeededNoise(0)), 2)
     assert batches == []
 
 
@@ -210,9 +263,9 @@ def sampled(engine: Engine, job: SampleJob, batch_size: int) -> SampleBatch:
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp-2m"])
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("guidance", [PLAIN, GUIDED, MOVED], ids=lambda g: g.schedule)
 def test_the_batch_does_not_change_a_picture(
-    engine: TorchEngine, guidance: float, solver: str
+    engine: TorchEngine, guidance: GuidanceSettings, solver: str
 ) -> None:
     table = solver_table(SPEC, SolverSettings(solver, 4))
     job = SampleJob(IDENTITY, table, guidance, SeededNoise(7))
@@ -229,17 +282,30 @@ def test_the_batch_does_not_change_a_picture(
     assert np.abs(whole.images[0] - whole.images[1]).max() > 0.1
 
 
+def test_a_walk_takes_up_a_state_between_rows(engine: TorchEngine) -> None:
+    """What parity does: every row from another trajectory's state."""
+    table = solver_table(SPEC, SolverSettings("dpmpp-2m", 5))
+    job = SampleJob(IDENTITY[:2], table, MOVED, SeededNoise(7))
+    states = [engine.state() for _ in walk(engine, job, [0, 1])]
+    other = SampleJob(IDENTITY[:2], table, MOVED, SeededNoise(8))
+    for j in walk(engine, other, [0, 1]):
+        same = engine.state().tobytes() == states[j].tobytes()
+        assert same == (j > 0), j
+        engine.load_state(states[j])
+    assert j == 4
+
+
 def test_a_sample_is_known_by_its_number(engine: TorchEngine) -> None:
     table = solver_table(SPEC, SolverSettings("ddpm", 3))
-    whole = sampled(engine, SampleJob(IDENTITY, table, 1.0, SeededNoise(7)), 5)
-    tail = SampleJob(IDENTITY[3:], table, 1.0, SeededNoise(7), first_sample=3)
+    whole = sampled(engine, SampleJob(IDENTITY, table, PLAIN, SeededNoise(7)), 5)
+    tail = SampleJob(IDENTITY[3:], table, PLAIN, SeededNoise(7), first_sample=3)
     found = sampled(engine, tail, 2)
     assert found.samples == (3, 4)
     assert np.abs(found.images - whole.images[3:]).max() <= 1e-5
-    again = sampled(engine, SampleJob(IDENTITY, table, 1.0, SeededNoise(7)), 5)
+    again = sampled(engine, SampleJob(IDENTITY, table, PLAIN, SeededNoise(7)), 5)
     assert again.images.tobytes() == whole.images.tobytes()
     for noise in (SeededNoise(8), SeededNoise(7, stage=1)):
-        other = sampled(engine, SampleJob(IDENTITY, table, 1.0, noise), 5)
+        other = sampled(engine, SampleJob(IDENTITY, table, PLAIN, noise), 5)
         assert np.abs(other.images - whole.images).max() > 0.1
 
 
@@ -247,11 +313,12 @@ def test_an_unconditional_sample_in_any_company(engine: TorchEngine) -> None:
     table = solver_table(SPEC, SolverSettings("ddim", 4))
     mixed = IDENTITY[:3].copy()
     mixed[1] = 0.0
-    job = SampleJob(mixed, table, 3.3, SeededNoise(7), guide_variance=True)
+    both = GuidanceSettings(3.3, guide_variance=True)
+    job = SampleJob(mixed, table, both, SeededNoise(7))
     together = sampled(engine, job, 3).images[1]
     for size in (1, 2):
         assert np.abs(sampled(engine, job, size).images[1] - together).max() <= 1e-5
-    nobody = SampleJob(np.zeros_like(mixed), table, 1.0, SeededNoise(7))
+    nobody = SampleJob(np.zeros_like(mixed), table, PLAIN, SeededNoise(7))
     assert np.abs(sampled(engine, nobody, 3).images[1] - together).max() <= 1e-5
 
 
@@ -260,7 +327,8 @@ def test_a_bad_identity_fails_its_own_sample_only(engine: TorchEngine) -> None:
     bad = IDENTITY[:3].copy()
     bad[2, 0] = np.inf
     jobs = [
-        SampleJob(identity, table, 2.0, SeededNoise(7)) for identity in (IDENTITY, bad)
+        SampleJob(identity, table, GUIDED, SeededNoise(7))
+        for identity in (IDENTITY, bad)
     ]
     good, found = (run_trajectory(engine, job, [0, 1, 2]) for job in jobs)
     assert good.failed.tolist() == [False, False, False]

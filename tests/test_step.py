@@ -18,6 +18,7 @@ from id3pm_deploy.reference.step import StepModule, StepOutputs, half_body, step
 from id3pm_deploy.reference.unet import IdentityUNet
 from id3pm_deploy.solvers import (
     NO_CLIP,
+    RESCALE_COLUMN,
     STATE_SLOTS,
     STEP_HEAD,
     STEP_WIDTH,
@@ -54,6 +55,7 @@ def random_inputs(seed: int = 0) -> Inputs:
     step[:, 0] = rng.integers(0, 1000, B)
     step[:, 4] = [0.7, 1.5, NO_CLIP]
     step[:, 5:7] = np.sort(rng.uniform(-6, -1, size=(B, 2)))
+    step[:, RESCALE_COLUMN] = [0.3, 0.0, 1.0]
     inputs: Inputs = {
         "state": rng.normal(size=(STATE_SLOTS, B, C, SIZE, SIZE)),
         "noise": rng.normal(size=(B, C, SIZE, SIZE)),
@@ -86,13 +88,19 @@ def step_by_hand(inputs: Inputs, outputs: Float64) -> tuple[Float64, Float64]:
     x0 = np.zeros_like(wide["noise"])
     for b in range(len(x0)):
         _, _, c_x, c_p, clip, min_log, max_log = wide["step"][b, :STEP_HEAD]
-        matrix = wide["step"][b, STEP_HEAD:].reshape(STATE_SLOTS, STATE_SLOTS + 2)
+        matrix = wide["step"][b, STEP_HEAD:RESCALE_COLUMN]
+        matrix = matrix.reshape(STATE_SLOTS, STATE_SLOTS + 2)
         prediction = np.zeros_like(x0[b])
+        conditional = np.zeros_like(x0[b])
         v = np.zeros_like(x0[b])
         for r in range(len(outputs)):
             prediction += wide["mix"][0, b, r] * outputs[r, :C]
+            conditional += wide["mix"][1, b, r] * outputs[r, :C]
             if outputs.shape[1] == 2 * C:
                 v += wide["mix"][1, b, r] * outputs[r, C:]
+        phi = wide["step"][b, RESCALE_COLUMN]
+        rescaled = prediction * conditional.std() / prediction.std()
+        prediction = phi * rescaled + (1 - phi) * prediction
         x0[b] = np.clip(c_x * wide["state"][0, b] + c_p * prediction, -clip, clip)
         log_variance = (v + 1) / 2 * max_log + (1 - (v + 1) / 2) * min_log
         n = wide["noise"][b] * np.exp(0.5 * log_variance)
@@ -116,6 +124,58 @@ def test_a_step_is_designs_formula(planes: int) -> None:
             error = np.abs(ours.numpy() - expected).max() / np.abs(expected).max()
             assert error < 2e-6
         assert found.finite.tolist() == [1.0] * R
+
+
+def test_rescale_is_diffusers_own() -> None:
+    """Its unbiased standard deviations give the same ratio as ours."""
+    utils = pytest.importorskip("diffusers.guiders.guider_utils")
+    inputs, outputs = random_inputs(), random_outputs(1)
+    inputs["step"][:, 4] = NO_CLIP
+    inputs["step"][:, 2:4] = [0.0, 1.0]  # x0 is the prediction
+    inputs["step"][:, RESCALE_COLUMN] = 0.7
+    found = run_step(StubNetwork(outputs), inputs).x0
+    mixed, conditional = (
+        torch.from_numpy(np.tensordot(plane, outputs, axes=1))
+        for plane in inputs["mix"]
+    )
+    expected = utils.rescale_noise_cfg(mixed, conditional, guidance_rescale=0.7)
+    assert (found - expected).abs().max() / expected.abs().max() < 2e-6
+    assert (found - mixed).abs().max() > 0.1
+
+
+def test_no_rescale_is_no_arithmetic() -> None:
+    """At φ = 0 the prediction keeps every bit, however large its numbers are."""
+    inputs = random_inputs()
+    inputs["step"][:, RESCALE_COLUMN] = 0.0
+    inputs["step"][:, 4] = 1e37
+    inputs["step"][:, 2:4] = [0.0, 1.0]
+    inputs["mix"][...] = np.eye(B, R)
+    for scale in (1e-30, 1.0, 1e30):
+        outputs = random_outputs(1) * np.float32(scale)
+        found = run_step(StubNetwork(outputs), inputs).x0
+        assert (found.numpy() == outputs[:B]).all()
+
+
+@pytest.mark.parametrize("value", [0.0, -0.3, 12.0])
+def test_a_constant_prediction_is_not_rescaled(value: float) -> None:
+    """Its standard deviation is 0; the conditional one's is not."""
+    outputs = random_outputs(2)
+    outputs[1, :C] = value
+    inputs = random_inputs()
+    inputs["step"][:, RESCALE_COLUMN] = 1.0
+    inputs["mix"][0] = np.eye(R)[1]
+    inputs["mix"][1] = np.eye(R)[0]
+    found = run_step(StubNetwork(outputs), inputs)
+    without = {**inputs, "step": inputs["step"].copy()}
+    without["step"][:, RESCALE_COLUMN] = 0.0
+    for ours, plain in zip(found, run_step(StubNetwork(outputs), without), strict=True):
+        assert torch.isfinite(ours).all()
+        assert torch.equal(ours, plain)
+    # A constant conditional prediction does flatten a guided one.
+    inputs["mix"] = inputs["mix"][::-1].copy()
+    inputs["step"][:, 2:4] = [0.0, 1.0]
+    flat = run_step(StubNetwork(outputs), inputs).x0
+    assert (flat == 0).all()
 
 
 def test_what_the_network_is_asked() -> None:

@@ -14,7 +14,7 @@ from models import random_identity, tiny_network, tiny_spec
 from id3pm_deploy.backends.base import EngineInfo, StepShapes, step_shapes
 from id3pm_deploy.backends.torch import TorchEngine
 from id3pm_deploy.errors import EngineError
-from id3pm_deploy.guidance import GuidanceTable, guidance_table
+from id3pm_deploy.guidance import GuidanceSettings, GuidanceTable, guidance_table
 from id3pm_deploy.sampler import SampleJob, SeededNoise, run_trajectory
 from id3pm_deploy.solvers import STATE_SLOTS, STEP_WIDTH, SolverSettings, solver_table
 
@@ -34,7 +34,7 @@ def engine() -> Iterator[TorchEngine]:
 
 def test_the_engines_getters_between_rows(engine: TorchEngine) -> None:
     table = solver_table(SPEC, SolverSettings("dpmpp-2m", 4))
-    job = SampleJob(IDENTITY[:2], table, 1.0, SeededNoise(7))
+    job = SampleJob(IDENTITY[:2], table, GuidanceSettings(1.0), SeededNoise(7))
     rows: list[int] = []
 
     def look(j: int) -> None:
@@ -122,8 +122,55 @@ def test_a_trajectory_that_does_not_fit(
     engine: TorchEngine, x_t: Float32, parts: dict[str, Any], message: str
 ) -> None:
     whole = {name: getattr(GUIDANCE, name) for name in ("row", "identity", "mix")}
+    table = GuidanceTable(**{**whole, **parts})
     with pytest.raises(EngineError, match=message):
-        engine.begin(x_t, GuidanceTable(**{**whole, **parts}))
+        engine.begin(x_t, table)
+    if parts:
+        engine.begin(X_T, GUIDANCE)
+        with pytest.raises(EngineError, match=message):
+            engine.guide(table)
+
+
+def test_guidance_for_other_samples(engine: TorchEngine) -> None:
+    engine.begin(X_T, GUIDANCE)
+    for count in (1, 3):
+        other = guidance_table(np.repeat(IDENTITY[:1], count, axis=0), 2.0)
+        with pytest.raises(EngineError, match="cannot change the number of samples"):
+            engine.guide(other)
+
+
+def test_guidance_changes_and_the_state_stays(engine: TorchEngine) -> None:
+    rows = solver_table(SPEC, SolverSettings("dpmpp-2m", 4)).rows
+    steps = [np.repeat(row[None], 2, axis=0) for row in rows]
+    engine.begin(X_T, GUIDANCE)
+    engine.run_row(steps[0], None)
+    state, preview = engine.state(), engine.preview()
+    for scale in (1.0, 3.0, 1.0, 2.0):
+        engine.guide(guidance_table(IDENTITY[:2], scale))
+        assert engine.state().tobytes() == state.tobytes()
+        assert engine.preview().tobytes() == preview.tobytes()
+    engine.run_row(steps[1], None)
+    found = engine.state()
+    # The same as if nothing had been changed in between.
+    engine.begin(X_T, GUIDANCE)
+    for step in steps[:2]:
+        engine.run_row(step, None)
+    assert engine.state().tobytes() == found.tobytes()
+    engine.load_state(state)
+    engine.guide(guidance_table(IDENTITY[:2], 1.0))
+    engine.run_row(steps[1], None)
+    assert np.abs(engine.state() - found).max() > 1e-3
+
+
+def test_failures_of_a_table_outlast_it(engine: TorchEngine) -> None:
+    """UNet rows are counted by the table that a row ran with."""
+    broken = IDENTITY.copy()
+    broken[1] = np.nan
+    engine.begin(X_T, guidance_table(broken, 1.0))
+    engine.run_row(STEP, None)
+    engine.guide(guidance_table(IDENTITY, 2.0))
+    engine.run_row(STEP, None)
+    assert engine.failed_samples().tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +203,8 @@ def test_nothing_works_before_a_trajectory_is_begun() -> None:
     with TorchEngine(tiny_network(SPEC), SHAPES) as fresh:
         with pytest.raises(EngineError, match="before a trajectory was begun"):
             fresh.run_row(STEP, None)
+        with pytest.raises(EngineError, match="before a trajectory was begun"):
+            fresh.guide(GUIDANCE)
         for call in (
             fresh.state,
             fresh.preview,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..errors import EngineError
 from ..guidance import GuidanceTable
-from ..solvers import STATE_SLOTS, STEP_WIDTH
+from ..solvers import RESCALE_COLUMN, STATE_SLOTS, STEP_WIDTH
 from ..spec import DiffusionSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -58,13 +58,23 @@ def step_shapes(spec: DiffusionSpec) -> StepShapes:
 class Engine(ABC):
     """Runs table rows on buffers of its own, whose addresses stay the same.
 
-    Use it as a context manager. ``begin`` sets x_T and the guidance table, ``run_row``
-    executes one table row, the getters copy results out.
+    Use it as a context manager. ``begin`` sets x_T and the guidance table, ``guide``
+    changes that table, ``run_row`` executes one table row, the getters copy results
+    out.
+
+    Args:
+        info: What the engine says of itself.
+        shapes: Sizes of the model.
+        step_width: Numbers in a table row that its graph takes; fewer than STEP_WIDTH
+            in a graph that was exported before the last of them came.
     """
 
-    def __init__(self, info: EngineInfo, shapes: StepShapes) -> None:
+    def __init__(
+        self, info: EngineInfo, shapes: StepShapes, step_width: int = STEP_WIDTH
+    ) -> None:
         self.info = info
         self.shapes = shapes
+        self.step_width = step_width
         self._bad: npt.NDArray[np.bool_] | None = None
         self._row: npt.NDArray[np.int32] | None = None
 
@@ -86,6 +96,10 @@ class Engine(ABC):
     @abstractmethod
     def _begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
         """Make buffers for these sizes and fill the constant ones."""
+
+    @abstractmethod
+    def _guide(self, guidance: GuidanceTable) -> None:
+        """Replace row, identity and mix; R may be another one. Keep the rest."""
 
     @abstractmethod
     def _run(self, step: Float32, noise: Float32 | None) -> Float32:
@@ -113,16 +127,40 @@ class Engine(ABC):
         Raises:
             EngineError: A shape or dtype does not fit the model.
         """
+        check_array(x_t, (guidance.samples, *self.shapes.picture), "x_T")
+        self._check_guidance(guidance)
+        self._bad = np.zeros(guidance.samples, dtype=np.bool_)
+        self._row = guidance.row
+        self._begin(x_t, guidance)
+
+    def guide(self, guidance: GuidanceTable) -> None:
+        """Use another guidance table from the next table row on; the state is kept.
+
+        Args:
+            guidance: Of as many samples as the trajectory was begun with; it may have
+                more or fewer UNet rows than the one before.
+
+        Raises:
+            EngineError: ``begin`` was not called, or a shape or dtype does not fit.
+        """
+        if self._bad is None:
+            raise EngineError("guidance was changed before a trajectory was begun")
+        if guidance.samples != len(self._bad):
+            raise EngineError(
+                "guidance cannot change the number of samples of a trajectory",
+                why=f"it has {len(self._bad)}, the guidance {guidance.samples}",
+            )
+        self._check_guidance(guidance)
+        self._row = guidance.row
+        self._guide(guidance)
+
+    def _check_guidance(self, guidance: GuidanceTable) -> None:
         samples, rows = guidance.samples, guidance.unet_rows
-        check_array(x_t, (samples, *self.shapes.picture), "x_T")
         check_array(guidance.identity, (rows, self.shapes.identity_dim), "identity")
         check_array(guidance.mix, (2, samples, rows), "mix")
         check_array(guidance.row, (rows,), "row", np.int32)
         if rows and not 0 <= guidance.row.min() <= guidance.row.max() < samples:
             raise EngineError(f"row must name samples from 0 to {samples - 1}")
-        self._bad = np.zeros(samples, dtype=np.bool_)
-        self._row = guidance.row
-        self._begin(x_t, guidance)
 
     def run_row(self, step: Float32, noise: Float32 | None) -> None:
         """Execute one table row for every sample.
@@ -132,7 +170,8 @@ class Engine(ABC):
             noise: [B, C, H, W] float32, or None where the row uses none.
 
         Raises:
-            EngineError: ``begin`` was not called, or a shape or dtype does not fit.
+            EngineError: ``begin`` was not called, a shape or dtype does not fit, or the
+                row needs more than the graph was exported with.
         """
         if self._bad is None or self._row is None:
             raise EngineError("a table row was run before a trajectory was begun")
@@ -140,8 +179,19 @@ class Engine(ABC):
         check_array(step, (count, STEP_WIDTH), "step")
         if noise is not None:
             check_array(noise, (count, *self.shapes.picture), "noise")
-        finite = self._run(step, noise)
+        finite = self._run(self._known_columns(step), noise)
         self._bad[self._row[finite < 0.5]] = True
+
+    def _known_columns(self, step: Float32) -> Float32:
+        """The columns of table rows that the graph has: [B, step_width]."""
+        if step[:, self.step_width :].any():
+            raise EngineError(
+                "the graph was exported before guidance rescale existed",
+                why=f"it takes {self.step_width} numbers in a table row, rescale is "
+                f"number {RESCALE_COLUMN + 1}",
+                fix="export the checkpoint again, or switch rescale off",
+            )
+        return np.ascontiguousarray(step[:, : self.step_width])
 
     def failed_samples(self) -> npt.NDArray[np.bool_]:
         """[B], True where a UNet row of the sample was ever NaN or infinite."""

@@ -1,7 +1,8 @@
 """The step graph under ONNX Runtime on a CPU.
 
-All arrays are bound once for each batch size; the state lives in two buffers that
-change roles from row to row, so nothing is allocated or copied between steps.
+All arrays are bound once for each number of samples and UNet rows; the state lives in
+two buffers that change roles from row to row and that all numbers of UNet rows share,
+so nothing is allocated or copied between steps, not even where guidance changes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from ..errors import EngineError, InputError, first_line
 from ..guidance import GuidanceTable
 from ..optional import require
-from ..solvers import STEP_WIDTH
+from ..solvers import RESCALE_COLUMN, STEP_WIDTH
 from .base import (
     STEP_INPUTS,
     STEP_OUTPUTS,
@@ -24,8 +25,11 @@ from .base import (
     check_array,
     empty_state,
 )
+from .graph_check import check_graph
+from .memory_limit import limit_memory
 
-_ERRORS_ONLY = 3
+# What goes wrong becomes an exception; the log would only repeat it.
+_FATAL_ONLY = 4
 
 
 def make_session(graph: bytes, threads: int) -> Any:
@@ -37,15 +41,17 @@ def make_session(graph: bytes, threads: int) -> Any:
 
     Raises:
         InputError: ``threads`` is negative.
-        EngineError: ONNX Runtime refuses the graph.
+        EngineError: The graph holds what it should not, or ONNX Runtime refuses it.
     """
     if not 0 <= threads <= 1024:
         raise InputError("threads must be from 0 to 1024", why=f"it is {threads}")
+    check_graph(graph)
     runtime = require("onnxruntime", extra="cpu")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
+    limit_memory(runtime, options)
     try:
         return runtime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
@@ -58,27 +64,41 @@ def make_session(graph: bytes, threads: int) -> Any:
         ) from error
 
 
-class _Buffers:
-    """Arrays for one (B, R) and the two bindings that swap the state."""
+class _SampleBuffers:
+    """Arrays for B samples, whatever guides them: two states that take turns, noise,
+    table rows and x0."""
 
-    def __init__(
-        self, session: Any, shapes: StepShapes, samples: int, unet_rows: int
-    ) -> None:
+    def __init__(self, shapes: StepShapes, samples: int, step_width: int) -> None:
         picture = (samples, *shapes.picture)
         self.states = [empty_state(samples, shapes), empty_state(samples, shapes)]
+        self.state_values = [_value_over(state) for state in self.states]
         self.arrays: dict[str, Any] = {
             "noise": np.zeros(picture, np.float32),
+            "step": np.zeros((samples, step_width), np.float32),
+            "x0": np.zeros(picture, np.float32),
+        }
+        self.values = {k: _value_over(v) for k, v in self.arrays.items()}
+        self.turn = 0
+
+
+class _RowBuffers:
+    """Arrays for R UNet rows of B samples, and the two bindings that swap the state."""
+
+    def __init__(
+        self, session: Any, shapes: StepShapes, of: _SampleBuffers, unet_rows: int
+    ) -> None:
+        samples = len(of.arrays["step"])
+        self.arrays: dict[str, Any] = {
             "identity": np.zeros((unet_rows, shapes.identity_dim), np.float32),
             "row": np.zeros(unet_rows, np.int32),
             "mix": np.zeros((2, samples, unet_rows), np.float32),
-            "step": np.zeros((samples, STEP_WIDTH), np.float32),
-            "x0": np.zeros(picture, np.float32),
             "finite": np.zeros(unet_rows, np.float32),
         }
-        self.values = {k: _value_over(v) for k, v in self.arrays.items()}
-        state_values = [_value_over(state) for state in self.states]
+        own = {k: _value_over(v) for k, v in self.arrays.items()}
+        self.values = {**of.values, **own}
         self.bindings = [
-            self._bind(session, state_values[i], state_values[1 - i]) for i in (0, 1)
+            self._bind(session, of.state_values[i], of.state_values[1 - i])
+            for i in (0, 1)
         ]
 
     def _bind(self, session: Any, state: Any, state_next: Any) -> Any:
@@ -100,6 +120,28 @@ def _value_over(array: Any) -> Any:
     return runtime.OrtValue.ortvalue_from_numpy(array)
 
 
+def _step_width(session: Any) -> int:
+    """Numbers in a table row of a step graph.
+
+    Raises:
+        EngineError: The graph is no step graph, or one that this release cannot feed.
+    """
+    outputs = [item.name for item in session.get_outputs()]
+    if outputs != list(STEP_OUTPUTS):
+        raise EngineError(
+            "the graph is not a step graph", why=f"its outputs are {outputs}"
+        )
+    widths = [x.shape[-1] for x in session.get_inputs() if x.name == "step" and x.shape]
+    if widths not in ([RESCALE_COLUMN], [STEP_WIDTH]):
+        raise EngineError(
+            "the graph is of another release",
+            why=f"a table row of it has {widths} numbers, this release makes "
+            f"{RESCALE_COLUMN} or {STEP_WIDTH}",
+            fix="export the checkpoint again",
+        )
+    return int(widths[0])
+
+
 class OnnxRuntimeEngine(Engine):
     """Engine over ONNX Runtime's CPU provider.
 
@@ -117,67 +159,80 @@ class OnnxRuntimeEngine(Engine):
         self, graph: bytes, shapes: StepShapes, precision: str, threads: int = 0
     ) -> None:
         self._session = make_session(graph, threads)
-        outputs = [item.name for item in self._session.get_outputs()]
-        if outputs != list(STEP_OUTPUTS):
-            raise EngineError(
-                "the graph is not a step graph", why=f"its outputs are {outputs}"
-            )
         label = "float16 weights" if precision == "float16" else precision
         version = require("onnxruntime", extra="cpu").__version__
-        super().__init__(EngineInfo("onnxruntime", version, label, "CPU"), shapes)
-        self._size = (0, 0)
-        self._now: _Buffers | None = None
-        self._turn = 0
+        info = EngineInfo("onnxruntime", version, label, "CPU")
+        super().__init__(info, shapes, _step_width(self._session))
+        self._samples: _SampleBuffers | None = None
+        self._by_rows: dict[int, _RowBuffers] = {}
+        self._now: _RowBuffers | None = None
 
     def close(self) -> None:
         """Drop the session and its buffers."""
-        self._now = None
+        self._forget()
         self._session = None
 
+    def _forget(self) -> None:
+        self._samples = self._now = None
+        self._by_rows = {}
+
     def _begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
-        size = (guidance.samples, guidance.unet_rows)
-        if self._now is None or size != self._size:
-            self._now = _Buffers(self._session, self.shapes, *size)
-            self._size = size
-        self._turn = 0
-        self._now.states[0][...] = 0.0
-        self._now.states[0][0] = x_t
+        held = self._samples
+        if held is None or len(held.arrays["step"]) != guidance.samples:
+            self._forget()
+            held = _SampleBuffers(self.shapes, guidance.samples, self.step_width)
+            self._samples = held
+        held.turn = 0
+        held.states[0][...] = 0.0
+        held.states[0][0] = x_t
+        held.arrays["noise"][...] = 0.0
+        self._guide(guidance)
+
+    def _guide(self, guidance: GuidanceTable) -> None:
+        size = guidance.unet_rows
+        if size not in self._by_rows:
+            self._by_rows[size] = _RowBuffers(
+                self._session, self.shapes, self._buffers(), size
+            )
+        self._now = self._by_rows[size]
         for name in ("identity", "row", "mix"):
             self._now.arrays[name][...] = getattr(guidance, name)
-        self._now.arrays["noise"][...] = 0.0
 
-    def _buffers(self) -> _Buffers:
-        if self._now is None:
+    def _buffers(self) -> _SampleBuffers:
+        if self._samples is None:
             raise EngineError("no trajectory was begun")
-        return self._now
+        return self._samples
 
     def _run(self, step: Float32, noise: Float32 | None) -> Float32:
-        buffers = self._buffers()
-        buffers.arrays["step"][...] = step
+        held, now = self._buffers(), self._now
+        assert now is not None
+        held.arrays["step"][...] = step
         if noise is not None:
-            buffers.arrays["noise"][...] = noise
+            held.arrays["noise"][...] = noise
         try:
-            self._session.run_with_iobinding(buffers.bindings[self._turn])
+            self._session.run_with_iobinding(now.bindings[held.turn])
         except Exception as error:  # its exceptions share no base class of their own
             raise EngineError(
                 "ONNX Runtime failed in a table row",
                 why=first_line(error),
                 fix="use a smaller batch if memory is short",
             ) from error
-        self._turn = 1 - self._turn
-        finite: Float32 = buffers.arrays["finite"]
+        held.turn = 1 - held.turn
+        finite: Float32 = now.arrays["finite"]
         return finite
 
     def state(self) -> Float32:
         """A copy of the state, [K, B, C, H, W]."""
-        copy: Float32 = self._buffers().states[self._turn].copy()
+        held = self._buffers()
+        copy: Float32 = held.states[held.turn].copy()
         return copy
 
     def load_state(self, state: Float32) -> None:
         """Put a state [K, B, C, H, W] of a begun trajectory in place."""
-        held = self._buffers().states[self._turn]
-        check_array(state, held.shape, "state")
-        held[...] = state
+        held = self._buffers()
+        place = held.states[held.turn]
+        check_array(state, place.shape, "state")
+        place[...] = state
 
     def preview(self) -> Float32:
         """A copy of the last row's predicted x0, [B, C, H, W]."""

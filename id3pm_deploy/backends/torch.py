@@ -50,6 +50,14 @@ class TorchEngine(Engine):
         self._x0: Any = None
         self._constant: tuple[Any, ...] = ()
 
+    @property
+    def network(self) -> IdentityUNet:
+        """The network as it runs: in the engine's precision, on its device."""
+        if self._module is None:
+            raise EngineError("the engine was closed")
+        network: IdentityUNet = self._module.network
+        return network
+
     def close(self) -> None:
         """Drop the module and its tensors."""
         self._module = self._state = self._x0 = None
@@ -64,6 +72,9 @@ class TorchEngine(Engine):
         self._state = self._tensor(state)
         self._x0 = torch.zeros_like(self._state[0])
         self._zero_noise = torch.zeros_like(self._state[0])
+        self._guide(guidance)
+
+    def _guide(self, guidance: GuidanceTable) -> None:
         self._constant = tuple(
             self._tensor(part)
             for part in (guidance.identity, guidance.row, guidance.mix)

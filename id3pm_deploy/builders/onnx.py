@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,14 +19,20 @@ from torch import Tensor, nn
 
 from ..backends.base import STEP_INPUTS, STEP_OUTPUTS, step_shapes
 from ..backends.onnxruntime import make_session
-from ..compare import compare
+from ..compare import Comparison, compare
 from ..errors import BuildError, ParityError, RecipeError, first_line
-from ..guidance import guidance_table
 from ..noise import batch_normals
 from ..reference.step import half_body, step_module
 from ..reference.unet import IdentityUNet
-from ..solvers import STATE_SLOTS, SolverSettings, solver_table
+from ..solvers import (
+    NO_CLIP,
+    RESCALE_COLUMN,
+    STATE_SLOTS,
+    SolverSettings,
+    solver_table,
+)
 from ..spec import DiffusionSpec
+from ..tolerances import check_ceiling
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -61,9 +68,7 @@ class ExportRecipe:
     def __post_init__(self) -> None:
         if not 18 <= self.opset <= 24:
             raise RecipeError("opset must be from 18 to 24", why=f"it is {self.opset}")
-        for name in ("tolerance_step", "tolerance_trajectory"):
-            if not 0 < getattr(self, name) < 1:
-                raise RecipeError(f"{name} must be between 0 and 1")
+        check_ceiling(self.precision, self.tolerance_step, self.tolerance_trajectory)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ class _UnetModule(nn.Module):
 
 
 def step_inputs(spec: DiffusionSpec, samples: int, unet_rows: int, seed: int) -> Arrays:
-    """Random but sensible inputs of the step graph: real table rows, unit noise.
+    """Random but sensible inputs of the step graph: real table rows, unit noise,
+    guidance at scale 2 with rescale where there are more UNet rows than samples.
 
     Args:
         spec: Facts of the model.
@@ -115,11 +121,9 @@ def step_inputs(spec: DiffusionSpec, samples: int, unet_rows: int, seed: int) ->
     identity = batch_normals(seed, range(unet_rows), 0, 1, (shapes.identity_dim,))
     identity[-1] *= 0.0 if unet_rows > 1 else 1.0
     row = (np.arange(unet_rows) % samples).astype(np.int32)
-    mix = np.zeros((2, samples, unet_rows), np.float32)
-    mix[:, row, np.arange(unet_rows)] = 1.0
-    if unet_rows == 2 * samples:
-        guided = guidance_table(identity[:samples], 2.0)
-        mix = guided.mix
+    step = table.rows[chosen]
+    drawn = batch_normals(seed, range(samples), 3, 0, (1,))
+    step[:, RESCALE_COLUMN] = 0.5 + 0.4 * np.tanh(drawn[:, 0])
     state = np.zeros((STATE_SLOTS, samples, *picture), np.float32)
     for slot in range(STATE_SLOTS):
         state[slot] = batch_normals(seed, range(samples), 1, slot, picture)
@@ -128,9 +132,22 @@ def step_inputs(spec: DiffusionSpec, samples: int, unet_rows: int, seed: int) ->
         "noise": batch_normals(seed, range(samples), 2, 0, picture),
         "identity": identity,
         "row": row,
-        "mix": mix,
-        "step": table.rows[chosen],
+        "mix": _guided_mix(row, samples),
+        "step": step,
     }
+
+
+def _guided_mix(row: npt.NDArray[np.int32], samples: int) -> npt.NDArray[np.float32]:
+    """Guidance at scale 2, [2, B, R]: a sample's first UNet row against its others."""
+    count = len(row)
+    own = np.arange(min(samples, count))
+    others = np.arange(len(own), count)
+    each = np.bincount(row[others], minlength=samples)
+    mix = np.zeros((2, samples, count), np.float32)
+    mix[:, own, own] = 1.0
+    mix[0, own, own] += each[own] > 0
+    mix[0, row[others], others] = -1 / each[row[others]]
+    return mix
 
 
 def unet_inputs(spec: DiffusionSpec, unet_rows: int, seed: int) -> Arrays:
@@ -280,10 +297,14 @@ def _checked_against(
     worst = 0.0
     for size in _CHECKED:
         example = _example(spec, recipe, size)
+        if recipe.graph == "step" and size[0] > 1:
+            # A clamped x0 is at most 1, and so hides how large the numbers were that
+            # its rounding errors come from. B = 1 keeps the clamp.
+            example["step"][:, 4] = NO_CLIP
         expected = _run_torch(module, example, outputs)
         made = session.run(None, {name: example[name] for name in names})
         for name, actual in zip(outputs, made, strict=True):
-            found = compare(actual, expected[name])
+            found = _worst_sample(name, actual, expected[name])
             if not found.passes(recipe.tolerance_step):
                 raise ParityError(
                     f"the exported graph differs from PyTorch in {name} at "
@@ -294,3 +315,16 @@ def _checked_against(
                 )
             worst = max(worst, found.max_rel)
     return worst
+
+
+def _worst_sample(name: str, actual: Any, expected: Any) -> Comparison:
+    """The comparison of the sample that is farthest off, so that one with large
+    numbers cannot hide another's errors."""
+    axis = {"state_next": 1, "x0": 0, "out": 0}.get(name)
+    if axis is None:
+        return compare(actual, expected)
+    pairs = zip(
+        np.moveaxis(actual, axis, 0), np.moveaxis(expected, axis, 0), strict=True
+    )
+    found = [compare(a, b) for a, b in pairs]
+    return max(found, key=lambda one: one.max_rel if one.finite else math.inf)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from ..defaults import GUIDANCE, SOLVER, SOLVERS, SPACINGS, STEPS, VARIANCES
+from ..defaults import (
+    FINAL_ORDERS,
+    GUIDANCE,
+    GUIDANCE_SCHEDULES,
+    SOLVER,
+    SOLVERS,
+    SPACINGS,
+    STEPS,
+    VARIANCES,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,18 +30,75 @@ def option(*names: str, **rest: Any) -> Callable[[F], F]:
     return click.option(*names, show_default=True, **rest)
 
 
+def _scales(
+    ctx: click.Context, param: click.Parameter, value: str
+) -> float | tuple[float, ...]:
+    """A number, or several with commas between them."""
+    try:
+        scales = tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{value!r} is not a number, nor a list like 1,2,2"
+        ) from error
+    return scales if len(scales) > 1 else scales[0]
+
+
+trust_option = click.option(
+    "--trust",
+    is_flag=True,
+    help="Load a plan, which is native code, that was neither built here nor signed "
+    "by a trusted key.",
+)
+
+
+def printable(text: str) -> str:
+    """``text`` from a file without what could steer a terminal."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+_GUIDANCE_OPTIONS = (
+    option(
+        "--guidance",
+        default=str(GUIDANCE),
+        metavar="SCALE[,SCALE...]",
+        callback=_scales,
+        help="Guidance scale, or one for each table row.",
+    ),
+    option(
+        "--guidance-schedule",
+        default=GUIDANCE_SCHEDULES[0],
+        type=click.Choice(GUIDANCE_SCHEDULES),
+        help="How the scale moves from 1 to --guidance.",
+    ),
+    option(
+        "--guidance-interval",
+        nargs=2,
+        type=float,
+        metavar="LOW HIGH",
+        help="Timesteps that are guided.  [default: all]",
+    ),
+    option(
+        "--guidance-rescale",
+        default=0.0,
+        help="0 to 1: take contrast back that guidance adds.",
+    ),
+    option("--guide-variance", is_flag=True, help="Guide learned variance too."),
+)
+
+
 def sampling_options(function: F) -> F:
     """Solver, steps, guidance, seed and the settings of the table."""
     made = function
     for add in reversed(
         [
             option("--solver", default=SOLVER, type=click.Choice(SOLVERS)),
-            option("--steps", default=STEPS, help="Solver steps."),
-            option("--guidance", default=GUIDANCE, help="Guidance scale."),
             option(
-                "--guide-variance", is_flag=True, help="Guide learned variance too."
+                "--steps",
+                default=STEPS,
+                help="Solver steps; one UNet call each, two with heun.",
             ),
-            option("--eta", default=0.0, help="DDIM's η: 0 is deterministic."),
+            *_GUIDANCE_OPTIONS,
+            option("--eta", default=0.0, help="Of ddim: 0 is deterministic, 1 ddpm."),
             option(
                 "--spacing",
                 type=click.Choice(SPACINGS),
@@ -47,6 +114,11 @@ def sampling_options(function: F) -> F:
                 type=click.Choice(VARIANCES),
                 help="Of ddpm.  [default: learned if there is, else fixed_small]",
             ),
+            option(
+                "--final-order",
+                type=click.Choice(FINAL_ORDERS),
+                help="Of unipc-3's last steps.  [default: lower]",
+            ),
             option("--clip", default=1.0, help="Bound of the predicted x0; 0: none."),
             option("--seed", default=0, help="Seed of all noise."),
         ]
@@ -59,9 +131,24 @@ def solver_settings(values: dict[str, Any]) -> Any:
     """Take the solver's settings out of a command's options."""
     from ..solvers import SolverSettings
 
-    names = ("solver", "steps", "spacing", "lambda_min", "clip", "eta")
-    chosen = {name: values[name] for name in names}
-    return SolverSettings(**chosen, variance=values["variance"])
+    names = [field.name for field in dataclasses.fields(SolverSettings)]
+    return SolverSettings(**{name: values[name] for name in names})
+
+
+def guidance_settings(values: dict[str, Any]) -> Any:
+    """GuidanceSettings from a command's options."""
+    from ..guidance import GuidanceSettings
+
+    given = values["guidance"]
+    listed = isinstance(given, tuple)
+    return GuidanceSettings(
+        scale=GUIDANCE if listed else given,
+        schedule=values["guidance_schedule"],
+        scales=given if listed else None,
+        interval=values["guidance_interval"],
+        rescale=values["guidance_rescale"],
+        guide_variance=values["guide_variance"],
+    )
 
 
 def sample_settings(values: dict[str, Any], **rest: Any) -> Any:
@@ -70,8 +157,7 @@ def sample_settings(values: dict[str, Any], **rest: Any) -> Any:
 
     return SampleSettings(
         solver=solver_settings(values),
-        guidance=values["guidance"],
-        guide_variance=values["guide_variance"],
+        guidance=guidance_settings(values),
         seed=values["seed"],
         **rest,
     )

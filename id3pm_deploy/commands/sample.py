@@ -10,7 +10,7 @@ import click
 
 from ..defaults import BACKENDS, BATCH_SIZE, COUNT
 from ..errors import InputError
-from .options import PATH, option, sample_settings, sampling_options
+from .options import PATH, option, sample_settings, sampling_options, trust_option
 
 
 @click.command(name="sample")
@@ -34,6 +34,7 @@ from .options import PATH, option, sample_settings, sampling_options
 @option("--precision", type=click.Choice(["float32", "float16"]), help="If several.")
 @option("--threads", default=0, help="CPU threads; 0 leaves the runtime's choice.")
 @option("--device", default="cpu", help="Device of the torch backend.")
+@trust_option
 @click.option("--force", is_flag=True, help="Replace an earlier run in OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run record.")
 def command(
@@ -47,6 +48,7 @@ def command(
     precision: str | None,
     threads: int,
     device: str,
+    trust: bool,
     force: bool,
     as_json: bool,
     **values: Any,
@@ -71,7 +73,12 @@ def command(
     wanted = conditions(opened.spec, file, count)
     check_output(out, force=force)
     engine = open_engine(
-        opened, backend, precision=precision, threads=threads, device=device
+        opened,
+        backend,
+        precision=precision,
+        threads=threads,
+        device=device,
+        trust=trust,
     )
     made, record = sample_to_folder(out, opened, engine, settings, wanted, force=force)
     if as_json:

@@ -12,10 +12,13 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..solvers import STATE_SLOTS, STEP_HEAD
+from ..solvers import RESCALE_COLUMN, STATE_SLOTS, STEP_HEAD
 from .unet import IdentityUNet
 
 Precision = Literal["float32", "float16"]
+
+_LEAST_SPREAD = 1e-12
+"""Standard deviation below which a prediction counts as constant."""
 
 
 class StepOutputs(NamedTuple):
@@ -57,7 +60,9 @@ class StepModule(nn.Module):
             noise: [B, C, H, W] float32.
             identity: [R, D] float32, normalised; zeros for null.
             row: [R] int32, the sample of each UNet row.
-            mix: [2, B, R] float32, weights of UNet rows in each sample.
+            mix: [2, B, R] float32, weights of UNet rows in each sample: plane 0 for
+                the prediction, plane 1 for learned variance and for the prediction
+                that guidance rescale refers to.
             step: [B, S] float32, the table row of each sample (``solvers.py``).
         """
         index = row.to(torch.int64)
@@ -67,6 +72,8 @@ class StepModule(nn.Module):
         out = self.network(rows, step[:, 0].index_select(0, index), identity)
         out, finite = self._only_finite(out)
         prediction = self._mixed(mix[0], out[:, : self.channels])
+        conditional = self._mixed(mix[1], out[:, : self.channels])
+        prediction = self._rescaled(prediction, conditional, step)
         clip = step[:, 4, None, None, None]
         x0 = (
             step[:, 2, None, None, None] * x + step[:, 3, None, None, None] * prediction
@@ -94,6 +101,20 @@ class StepModule(nn.Module):
         """Σ_r weights[b, r]·rows[r] as multiply and sum: [B, C, H, W]."""
         return (weights[:, :, None, None, None] * rows[None]).sum(dim=1)
 
+    @staticmethod
+    def _rescaled(prediction: Tensor, conditional: Tensor, step: Tensor) -> Tensor:
+        """Guidance rescale (Lin et al. 2024, eq. 15 and 16), φ from the table row.
+
+        Where φ is 0 or the prediction is constant the factor is exactly 1, whatever
+        the division gives.
+        """
+        wanted, there = _spread(conditional), _spread(prediction)
+        ratio = wanted / torch.clamp(there, min=_LEAST_SPREAD)
+        phi = step[:, RESCALE_COLUMN, None, None, None]
+        used = torch.logical_and(phi > 0, there > _LEAST_SPREAD)
+        factor = torch.where(used, 1 + phi * (ratio - 1), torch.ones_like(phi))
+        return prediction * factor
+
     def _noise_scale(self, weights: Tensor, out: Tensor, step: Tensor) -> Tensor:
         """exp(½·log variance) between min_log and max_log (Nichol & Dhariwal 2021,
         eq. 15); v = 0 without learned variance."""
@@ -109,7 +130,7 @@ class StepModule(nn.Module):
     ) -> Tensor:
         """A·[state, x0, noise], each entry of A a scalar a sample."""
         slots = STATE_SLOTS
-        matrix = step[:, STEP_HEAD:].reshape(-1, slots, slots + 2)
+        matrix = step[:, STEP_HEAD:RESCALE_COLUMN].reshape(-1, slots, slots + 2)
         matrix = matrix.permute(1, 2, 0)[..., None, None, None]
         columns = [*[state[k] for k in range(slots)], x0, noise]
         new = []
@@ -119,6 +140,12 @@ class StepModule(nn.Module):
                 total = total + matrix[i, j] * columns[j]
             new.append(total)
         return torch.stack(new)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Standard deviation over channels and pixels of each sample: [B, 1, 1, 1]."""
+    centred = x - x.mean(dim=(1, 2, 3), keepdim=True)
+    return (centred * centred).mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 class _Float32GroupNorm(nn.Module):
