@@ -20,6 +20,8 @@ _COMMANDS = {
     "sample": "Make pictures of an identity.",
     "parity": "Compare an engine with the PyTorch reference, step by step.",
     "inspect": "Show what a CHECKPOINT, BUNDLE, picture or identity file holds.",
+    "bundle": "Pack, unpack, verify, sign or migrate a BUNDLE; say whom you trust.",
+    "doctor": "Show what is installed for each tier, and how to get what is missing.",
 }
 
 
@@ -55,16 +57,28 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except Id3pmError as error:
-            click.echo(f"error: {error}", err=True)
+            _say(f"error: {error}")
             ctx.exit(error.exit_status)
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
-            click.echo(f"error: cannot use{where}: {error.strerror or error}", err=True)
-            click.echo("  fix: check the path and its permissions", err=True)
+            _say(f"error: cannot use{where}: {error.strerror or error}")
+            _say("  fix: check the path and its permissions")
+            ctx.exit(1)
+        except MemoryError:
+            _say("error: there is not enough memory")
+            _say("  fix: make fewer or smaller pictures at once")
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\ninterrupted; nothing half-written was left", err=True)
             ctx.exit(130)
+
+
+def _say(message: str) -> None:
+    """Print a message; what it quotes from a file cannot steer the terminal."""
+    from .commands.options import printable
+
+    for line in message.split("\n"):
+        click.echo(printable(line), err=True)
 
 
 @click.group(

@@ -59,6 +59,10 @@ class BundleError(Id3pmError):
     """A bundle is missing, damaged, tampered with or of another format."""
 
 
+class TrustError(BundleError):
+    """A plan would be loaded that nobody the user trusts answers for."""
+
+
 class RecipeError(InputError):
     """A recipe file has an unknown key, a wrong type or a value out of range."""
 
@@ -85,6 +89,10 @@ class BuildError(Id3pmError):
 
 class ParityError(Id3pmError):
     """Two computations of the same thing differ by more than the tolerance."""
+
+
+class GoldenError(Id3pmError):
+    """Recorded golden data is missing, damaged or does not fit the model."""
 
 
 class TrainingError(Id3pmError):

@@ -11,15 +11,18 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import OutputError
 
 _CHUNK = 1 << 20
+_TEMPORARY = re.compile(r"[.].+[.][0-9a-f]{12}[.]tmp")
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
@@ -30,6 +33,7 @@ def output_error(path: Path, error: OSError) -> OutputError:
         errno.EACCES: "choose a place you may write to, or change its permissions",
         errno.EPERM: "choose a place you may write to, or change its permissions",
         errno.ENOENT: "create the folder above it first",
+        errno.EEXIST: "choose another name; it is never overwritten",
         errno.ENOTDIR: "a part of the path is a file; choose another place",
     }
     return OutputError(
@@ -59,14 +63,16 @@ def atomic_path(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` when the block succeeds.
 
     The temporary file lies beside the target, so that the rename cannot cross a file
-    system; it is removed when the block raises, Ctrl-C included. As everywhere, the
-    process's umask takes bits off ``mode``.
+    system; it is removed when the block raises, Ctrl-C included, and by the next writer
+    of the same target when the process was killed. As everywhere, the process's umask
+    takes bits off ``mode``.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    remove_leftovers(path)
+    temporary, descriptor = temporary_name(path), None
     try:
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+        _lock(descriptor)
         granted = stat.S_IMODE(os.fstat(descriptor).st_mode)
-        os.close(descriptor)
         yield temporary
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
@@ -77,12 +83,86 @@ def atomic_path(path: Path, mode: int = 0o644) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def temporary_name(target: Path) -> Path:
+    """A hidden name beside ``target`` that nothing else has."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file; False if another process has, or where there are no locks."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def hold(path: Path) -> int | None:
+    """Lock a temporary file or folder; the system lets go of it when we are dead.
+
+    Returns:
+        A descriptor to close; None where it could not be locked.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except OSError:
+        return None
+    if _lock(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed writers of ``target`` left beside it; nobody holds it.
+
+    Nothing is looked for in a folder that is temporary itself and goes as a whole.
+    """
+    folder = target.parent
+    if _TEMPORARY.fullmatch(folder.name):
+        return
+    start = f".{target.name}."
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if not name.startswith(start) or not _TEMPORARY.fullmatch(name):
+                continue
+            path = folder / name
+            descriptor = hold(path)
+            if descriptor is not None:
+                remove(path)
+                os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, as far as possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write ``data`` to ``path`` atomically."""
     with atomic_path(path, mode) as temporary:
         temporary.write_bytes(data)
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write several files: all are on disk before any replaces an older one.
+
+    The last one is replaced first, so that the first can say that all are there.
+    """
+    with contextlib.ExitStack() as stack:
+        for path, data in files.items():
+            stack.enter_context(atomic_path(path)).write_bytes(data)
 
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
@@ -100,10 +180,63 @@ def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
     write_text(path, json_text(value), mode)
 
 
+def write_new(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write ``data`` to a file that must not exist yet.
+
+    Raises:
+        OutputError: It exists, or cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, mode)
+    except OSError as error:
+        raise output_error(path, error) from error
+    try:
+        with open(descriptor, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        if isinstance(error, OSError):
+            raise output_error(path, error) from error
+        raise
+
+
+@contextlib.contextmanager
+def open_plain(path: Path, *, follow: bool = False) -> Iterator[BinaryIO]:
+    """Open a plain file for reading; a device, a pipe or a folder is refused.
+
+    Args:
+        path: The file.
+        follow: Whether ``path`` itself may be a symbolic link.
+
+    Raises:
+        OSError: It is missing, unreadable or no plain file.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise OSError(errno.EINVAL, "not a plain file", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    with open(descriptor, "rb") as handle:
+        yield handle
+
+
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    """SHA-256 of a plain file's bytes, as 64 hexadecimal digits.
+
+    Raises:
+        OSError: It cannot be read, or is a device, a pipe or a folder.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as handle:
+    with open_plain(path, follow=True) as handle:
         while chunk := handle.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -1,17 +1,18 @@
 """What a CHECKPOINT, BUNDLE, picture or identity file holds, as plain values.
 
-``inspect_path`` loads nothing into a runtime; ``self_test_errors`` runs engines. No
-identity vector is shown.
+``inspect_path`` loads nothing into a runtime; ``self_tests`` runs engines. No identity
+vector is shown.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .bundle import is_bundle, open_bundle
-from .errors import BundleError, InputError
+from .bundle import Bundle, EngineEntry, is_bundle, open_bundle
+from .errors import InputError
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -39,9 +40,16 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
 
 def _bundle_facts(path: Path) -> dict[str, Any]:
-    bundle = open_bundle(path)
-    bundle.verify()
-    return {"kind": "bundle", "files_verified": True, **bundle.manifest.to_json()}
+    from .bundle.verification import verify_path
+
+    found = verify_path(path).to_json()
+    return {
+        "kind": "bundle",
+        "files_verified": True,
+        "signature": found["signature"],
+        "plans": found["plans"],
+        **open_bundle(path).manifest.to_json(),
+    }
 
 
 def _checkpoint_facts(path: Path) -> dict[str, Any]:
@@ -75,15 +83,29 @@ def _identity_facts(path: Path) -> dict[str, Any]:
     }
 
 
-def self_test_errors(path: Path) -> dict[str, float | None]:
+@dataclass(frozen=True)
+class SelfTests:
+    """Self-tests of a bundle's engines, by target.
+
+    Attributes:
+        errors: Relative error; None for an engine that was not run.
+        not_run: Why it was not.
+    """
+
+    errors: dict[str, float | None]
+    not_run: dict[str, str]
+
+
+def self_tests(path: Path, *, trust: bool = False) -> SelfTests:
     """Run every engine of a BUNDLE that can run here on its golden data.
 
-    Returns:
-        Relative error by target; None for an engine that cannot run here.
+    Args:
+        path: The BUNDLE.
+        trust: The user answers for plans that were neither built here nor signed.
 
     Raises:
         InputError: ``path`` is no BUNDLE.
-        BundleError: It is damaged, or an engine's graph is not in it.
+        BundleError: It is damaged.
         ParityError: An engine computes something else than PyTorch did.
     """
     from .models import open_engine, open_model
@@ -93,20 +115,28 @@ def self_test_errors(path: Path) -> dict[str, float | None]:
         raise InputError(f"{path} is not a BUNDLE", fix="self-tests need a bundle")
     model = open_model(path)
     assert model.bundle is not None
-    graphs = {g.file: g for g in model.bundle.manifest.graphs if g.kind == "step"}
-    found: dict[str, float | None] = {}
+    graphs = {graph.file: graph for graph in model.bundle.manifest.graphs}
+    found = SelfTests({}, {})
     for entry in model.bundle.manifest.engines:
-        if entry.backend != "onnxruntime":
-            found[entry.target] = None
-            continue
-        if entry.graph not in graphs:
-            raise BundleError(
-                f"the engine {entry.target!r} names a step graph that is not listed",
-                why=f"its graph is {entry.graph!r:.80}",
-                fix="build it again with `id3pm-deploy build-engine CHECKPOINT "
-                "--target TARGET --out BUNDLE`",
-            )
         graph = graphs[entry.graph]
+        reason = _why_not_run(model.bundle, entry, trust)
+        if graph.kind != "step":
+            reason = "its graph is not a step graph"
+        if reason:
+            found.errors[entry.target] = None
+            found.not_run[entry.target] = reason
+            continue
         with open_engine(model, "onnxruntime", precision=graph.precision) as engine:
-            found[entry.target] = self_test(engine, model.bundle, graph)
+            found.errors[entry.target] = self_test(engine, model.bundle, graph)
     return found
+
+
+def _why_not_run(bundle: Bundle, entry: EngineEntry, trust: bool) -> str:
+    if entry.backend == "onnxruntime":
+        return ""
+    from .bundle.trust import plan_trust
+
+    found = plan_trust(bundle, entry)
+    if not (found.trusted or trust):
+        return f"its plan is not trusted: {found.reason}"
+    return "this release has no runtime for its plan"

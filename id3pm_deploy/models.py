@@ -50,12 +50,15 @@ def open_model(path: Path) -> Model:
         return Model(path, bundle.manifest.diffusion, bundle)
     if is_checkpoint(path):
         return Model(path, load_spec(path), None)
+    fix = "give the folder that `train` or `build-engine` wrote"
+    if path.is_file():
+        fix = f"if it is a packed BUNDLE: id3pm-deploy bundle unpack {path} FOLDER"
     raise InputError(
         f"{path} is neither a CHECKPOINT nor a BUNDLE",
         why="it has no config.json and no manifest.json"
         if path.is_dir()
         else "there is no such folder",
-        fix="give the folder that `train` or `build-engine` wrote",
+        fix=fix,
     )
 
 
@@ -66,6 +69,7 @@ def open_engine(
     precision: str | None = None,
     threads: int = 0,
     device: str = "cpu",
+    trust: bool = False,
 ) -> Engine:
     """The engine that runs ``model``; enter it before use.
 
@@ -77,9 +81,11 @@ def open_engine(
             float32.
         threads: CPU threads; 0 leaves the recipe's or the runtime's choice.
         device: A torch device, for the torch backend.
+        trust: The user answers for a plan that was neither built here nor signed.
 
     Raises:
         EngineError: The model cannot run on that backend.
+        TrustError: Nobody answers for its plan.
     """
     if not 0 <= threads <= 1024:
         raise InputError("threads must be from 0 to 1024", why=f"it is {threads}")
@@ -95,12 +101,21 @@ def open_engine(
     if backend == "onnxruntime":
         return _onnxruntime_engine(model, precision, threads)
     if backend == "tensorrt":
-        raise EngineError(
-            "this release builds TensorRT plans but has no runtime for them yet",
-            fix="use --backend onnxruntime",
-        )
+        return _tensorrt_engine(model, trust)
     raise InputError(
         f"there is no backend {backend!r}", fix=f"use one of {', '.join(BACKENDS)}"
+    )
+
+
+def _tensorrt_engine(model: Model, trust: bool) -> Engine:
+    from .bundle.trust import check_plan_trusted
+
+    if model.bundle is not None:
+        for entry in model.bundle.manifest.plans:
+            check_plan_trusted(model.bundle, entry, trust=trust)
+    raise EngineError(
+        "this release builds TensorRT plans but has no runtime for them yet",
+        fix="use --backend onnxruntime",
     )
 
 

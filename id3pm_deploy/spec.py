@@ -169,3 +169,20 @@ class DiffusionSpec:
     def to_json(self) -> dict[str, Any]:
         """The same facts as plain JSON values."""
         return dataclasses.asdict(self)
+
+    def function(self) -> DiffusionSpec:
+        """The facts that fix what is computed: these, without title and origin."""
+        return dataclasses.replace(self, title="", origin={})
+
+    def differences(self, other: DiffusionSpec) -> list[str]:
+        """Names of the facts in which two functions differ, as ``model.num_heads``."""
+        ours, theirs = _flat(self.function()), _flat(other.function())
+        return [name for name in ours if ours[name] != theirs[name]]
+
+
+def _flat(spec: DiffusionSpec) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in spec.to_json().items():
+        parts = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{part}".strip("."): item for part, item in parts.items()}
+    return flat

@@ -90,6 +90,16 @@ def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _own_user_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The ledger, trusted keys and stamps of tests are not the user's."""
+    folder = tmp_path_factory.mktemp("user")
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("CACHE", "STATE", "CONFIG"):
+            patch.setenv(f"XDG_{kind}_HOME", str(folder / kind.lower()))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _closed_network() -> Iterator[None]:
     """Refuse connections that leave this machine."""
     connect = socket.socket.connect

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..backends.base import step_shapes
-from ..bundle import Bundle, EngineEntry, GraphEntry, is_bundle, open_bundle
-from ..bundle_writer import BundleWriter, bundle_writer
+from ..backends.graph_check import check_graph
+from ..bundle import (
+    SIGNATURE_NAME,
+    Bundle,
+    EngineEntry,
+    GraphEntry,
+    is_bundle,
+    open_bundle,
+)
+from ..bundle.ledger import record_plan
+from ..bundle.writer import BundleWriter, bundle_writer
 from ..checkpoint_config import is_checkpoint, load_spec, weights_sha256
 from ..errors import BuildError, BundleError, InputError
 from ..files import beside
@@ -19,7 +31,7 @@ from ..optional import require
 from ..progress import progress
 from ..recipes import load_recipe
 from ..selftest import golden_bytes, self_test
-from ..solvers import STATE_SLOTS, STEP_WIDTH
+from ..solvers import RESCALE_COLUMN, STATE_SLOTS, STEP_WIDTH
 from .recipe import EngineRecipe
 
 if TYPE_CHECKING:
@@ -28,11 +40,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """A bundle and the engine that was just added to it."""
+    """A bundle and the engine that was just added to it.
+
+    ``notes`` is what the user should know although nothing failed.
+    """
 
     bundle: Bundle
     entry: EngineEntry
     graph: GraphEntry
+    notes: tuple[str, ...] = ()
 
 
 def export_bundle(checkpoint: Path, recipe_name: str, out: Path) -> Bundle:
@@ -91,6 +107,7 @@ def _exported(
         max_relative_error=exported.worst_error,
         golden=writer.add_file("golden", ".npz", golden_bytes(exported.golden)),
         recipe=recipe_name,
+        made_with=_made_with("torch", "onnx", "onnxscript"),
         **_settings(recipe),
     )
     writer.add_graph(entry)
@@ -107,6 +124,15 @@ def _settings(recipe: ExportRecipe) -> dict[str, Any]:
         "state_slots": STATE_SLOTS if step else 0,
         "step_width": STEP_WIDTH if step else 0,
     }
+
+
+def _made_with(*packages: str) -> dict[str, str]:
+    """Versions of this package and of others, where they state one."""
+    versions = {"id3pm-deploy": __version__}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def build_engine(source: Path, target: str, out: Path | None) -> BuiltEngine:
@@ -143,7 +169,13 @@ def build_engine(source: Path, target: str, out: Path | None) -> BuiltEngine:
     else:
         entry = _onnxruntime_entry(writer, graph, recipe, name)
     writer.add_engine(entry)
-    return BuiltEngine(writer.commit(), entry, graph)
+    notes = []
+    # Before the commit: no plan in a bundle may lack its note because of a crash.
+    if recipe.backend == "tensorrt":
+        notes.append(record_plan(writer.file_entry(entry.file).sha256))
+    if os.path.lexists(writer.folder / SIGNATURE_NAME):
+        notes.append("the bundle's signature was removed, as the bundle has changed")
+    return BuiltEngine(writer.commit(), entry, graph, tuple(filter(None, notes)))
 
 
 def _from_bundle(
@@ -158,7 +190,8 @@ def _from_bundle(
     fix = f"id3pm-deploy export CHECKPOINT --recipe {recipe.export} --out {source}"
     if graph is None:
         raise BuildError(f"{source} holds no step graph in {recipe.precision}", fix=fix)
-    if (graph.state_slots, graph.step_width) != (STATE_SLOTS, STEP_WIDTH):
+    widths = range(RESCALE_COLUMN, STEP_WIDTH + 1)
+    if graph.state_slots != STATE_SLOTS or graph.step_width not in widths:
         raise BuildError(f"the graph in {source} is of another release", fix=fix)
     return BundleWriter(source, bundle.manifest), graph
 
@@ -224,6 +257,7 @@ def _onnxruntime_entry(
         build_seconds=round(time.perf_counter() - begun, 3),
         self_test_error=error,
         threads=recipe.threads,
+        made_with=_made_with(),
     )
 
 
@@ -232,7 +266,9 @@ def _tensorrt_entry(
 ) -> EngineEntry:
     from .tensorrt import build_plan
 
-    plan = build_plan(writer.read(graph.file), recipe)
+    data = writer.read(graph.file)
+    check_graph(data)
+    plan = build_plan(data, recipe)
     return EngineEntry(
         target=target,
         backend=recipe.backend,
@@ -247,4 +283,5 @@ def _tensorrt_entry(
         build_seconds=round(plan.build_seconds, 3),
         peak_memory_bytes=plan.peak_memory_bytes,
         warnings=plan.warnings,
+        made_with=_made_with(),
     )

@@ -38,6 +38,8 @@ def command(
     from ..builders.build import build_engine
 
     built = build_engine(source, target, out)
+    for note in built.notes:
+        click.echo(f"warning: {note}", err=True)
     if as_json:
         click.echo(
             json.dumps({"bundle": str(built.bundle.folder), **asdict(built.entry)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -33,11 +34,15 @@ def command(
     from dataclasses import asdict
 
     from ..builders.build import export_bundle, export_unet
+    from ..bundle import SIGNATURE_NAME
     from ..files import beside
 
     folder = out or beside(checkpoint, ".bundle")
     make = export_unet if graph == "unet" else export_bundle
+    signed = os.path.lexists(folder / SIGNATURE_NAME)
     bundle = make(checkpoint, recipe, folder)
+    if signed:
+        click.echo("warning: the bundle's signature was removed", err=True)
     entry = bundle.manifest.graphs[-1]
     if as_json:
         click.echo(json.dumps({"bundle": str(folder), **asdict(entry)}))

@@ -8,24 +8,27 @@ from typing import Any
 
 import click
 
-from .options import PATH
+from .options import PATH, printable, trust_option
 
 
 @click.command(name="inspect")
 @click.argument("path", type=PATH)
 @click.option("--self-test", is_flag=True, help="Run a BUNDLE on its golden data.")
+@trust_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(path: Path, self_test: bool, as_json: bool) -> None:
+def command(path: Path, self_test: bool, trust: bool, as_json: bool) -> None:
     """Show what a CHECKPOINT, BUNDLE, picture (.png) or identity file (.npz) holds.
 
     Every file of a bundle is checked against the manifest's SHA-256; the weights of a
     checkpoint against its config. Identity vectors are never shown.
     """
-    from ..inspection import inspect_path, self_test_errors
+    from ..inspection import inspect_path, self_tests
 
     facts = inspect_path(path)
     if self_test:
-        facts["self_test"] = self_test_errors(path)
+        tested = self_tests(path, trust=trust)
+        facts["self_test"] = tested.errors
+        facts["self_test_not_run"] = tested.not_run
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -44,5 +47,5 @@ def _lines(value: Any, indent: int = 0) -> list[str]:
                 lines += [f"{pad}{key} {number}", *_lines(entry, indent + 1)]
         elif item not in (None, "", {}, [], ()):
             text = ", ".join(map(str, item)) if isinstance(item, list | tuple) else item
-            lines.append(f"{pad}{key:<24} {text}")
+            lines.append(printable(f"{pad}{key:<24} {text}"))
     return lines

@@ -17,34 +17,34 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from .bundle import (
+from ..errors import BundleError, Id3pmError
+from ..files import json_text, make_folder, output_error, write_bytes
+from ..spec import DiffusionSpec
+from .manifest import (
+    MANIFEST,
     MANIFEST_NAME,
-    Bundle,
+    SIGNATURE_NAME,
     EngineEntry,
+    FileEntry,
     GraphEntry,
     Manifest,
-    check_names,
-    is_bundle,
-    open_bundle,
+    check_manifest,
     used_files,
 )
-from .errors import BundleError, Id3pmError
-from .files import make_folder, output_error, write_bytes, write_json
-from .spec import DiffusionSpec
+from .reader import Bundle, is_bundle, open_bundle
 
 T = TypeVar("T")
 
 _LOCK_NAME = ".lock"
-# What a first write that was killed leaves: the lock, whole files and half ones.
+# What a write that was killed leaves: the lock, whole files and half ones.
 _LEFTOVER = re.compile(r"\.lock|\..+\.tmp|.+-[0-9a-f]{12}\.(onnx|npz|plan)")
 
 
 def _differences(one: Manifest, other: Manifest) -> list[str]:
     """Which facts that fix the computed function differ; not title and origin."""
-    names = ("model", "identity", "schedule", "prediction_type")
-    pairs = {n: (getattr(one.diffusion, n), getattr(other.diffusion, n)) for n in names}
-    pairs["weights"] = (one.checkpoint_sha256, other.checkpoint_sha256)
-    return [name for name, (a, b) in pairs.items() if a != b]
+    names = one.diffusion.differences(other.diffusion)
+    same = one.checkpoint_sha256 == other.checkpoint_sha256
+    return names if same else [*names, "weights"]
 
 
 def _current(folder: Path, wanted: Manifest) -> Manifest:
@@ -62,7 +62,7 @@ def _current(folder: Path, wanted: Manifest) -> Manifest:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of ``folder``, made if needed; writers wait for each other.
 
     Raises:
@@ -109,6 +109,7 @@ class BundleWriter:
         self.folder = folder
         self.manifest = manifest
         self._data: dict[str, bytes] = {}
+        self._entries: dict[str, FileEntry] = {}
         self._graphs: list[GraphEntry] = []
         self._engines: list[EngineEntry] = []
 
@@ -118,6 +119,7 @@ class BundleWriter:
         plain = re.sub(r"[^A-Za-z0-9]+", "-", prefix).strip("-")[:60] or "file"
         name = f"{plain}-{digest[:12]}{suffix}"
         self._data[name] = data
+        self._entries[name] = FileEntry(len(data), digest)
         return name
 
     def add_graph(self, entry: GraphEntry) -> None:
@@ -127,6 +129,14 @@ class BundleWriter:
     def add_engine(self, entry: EngineEntry) -> None:
         """List an engine, replacing the one of the same target."""
         self._engines.append(entry)
+
+    def file_entry(self, name: str) -> FileEntry:
+        """Size and hash of an added file, or of one in the bundle.
+
+        Raises:
+            BundleError: It is neither.
+        """
+        return self._entries.get(name) or self.manifest.file_entry(name)
 
     def read(self, name: str) -> bytes:
         """The bytes of an added file, or of one in the bundle, as Bundle.read."""
@@ -138,26 +148,27 @@ class BundleWriter:
         """Write the files, replace the manifest, remove files it no longer needs.
 
         The manifest is read anew under the lock, so that what others added meanwhile
-        stays. After a failure the folder holds what it held before.
+        stays. After a failure the folder holds what it held before. A signature is
+        removed: it is not of the new manifest.
 
         Raises:
             BundleError: The folder holds something else than when it was opened.
             OutputError: It cannot be written.
         """
         new = not os.path.lexists(self.folder)
-        with _locked(self.folder):
-            old = {*os.listdir(self.folder)} if not is_bundle(self.folder) else set()
-            names = {*self._data, *filter(_LEFTOVER.fullmatch, old)} - {_LOCK_NAME}
+        with locked(self.folder):
+            old = filter(_LEFTOVER.fullmatch, os.listdir(self.folder))
+            names = {*self._data, *old} - {_LOCK_NAME}
             try:
                 base = _current(self.folder, self.manifest)
                 names |= {*base.files}
                 manifest = self._merged(base)
                 for name in manifest.files.keys() & self._data.keys():
                     self._write(name)
-                write_json(self.folder / MANIFEST_NAME, manifest.to_json())
+                data = write_manifest(self.folder, manifest)
             finally:
                 _tidy(self.folder, names, new)
-        return Bundle(self.folder, manifest)
+        return Bundle(self.folder, manifest, data)
 
     def _merged(self, base: Manifest) -> Manifest:
         """``base`` with what was added and without what nothing uses any more."""
@@ -176,13 +187,11 @@ class BundleWriter:
             engines=tuple(entry for entry in engines if entry.graph in listed),
         )
         files = dict(base.files)
-        for name, data in self._data.items():
-            digest = hashlib.sha256(data).hexdigest()
-            files[name] = {"size": len(data), "sha256": digest}
+        files |= {n: dataclasses.asdict(e) for n, e in self._entries.items()}
         used = used_files(manifest)
         files = {name: entry for name, entry in files.items() if name in used}
         manifest = dataclasses.replace(manifest, files=files)
-        check_names(manifest, str(self.folder / MANIFEST_NAME))
+        check_manifest(manifest, str(self.folder / MANIFEST_NAME))
         return manifest
 
     def _write(self, name: str) -> None:
@@ -193,6 +202,28 @@ class BundleWriter:
             if right:
                 return
         write_bytes(path, data)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> bytes:
+    """Replace a bundle's manifest and remove its signature; returns the bytes.
+
+    The caller holds the lock, and has written the files.
+
+    Raises:
+        BundleError: The manifest would be too large to be read.
+        OutputError: It cannot be written.
+    """
+    data = json_text(manifest.to_json()).encode()
+    path = folder / MANIFEST_NAME
+    if len(data) > MANIFEST.max_bytes:
+        raise BundleError(
+            f"{path} would be longer than {MANIFEST.max_bytes} bytes",
+            fix="write another bundle",
+        )
+    write_bytes(path, data)
+    with contextlib.suppress(OSError):
+        os.unlink(folder / SIGNATURE_NAME)
+    return data
 
 
 def _replaced(

@@ -1,0 +1,130 @@
+"""Bundles of a few bytes: the format does not care what is in the files.
+
+No torch is imported here, so that these tests are quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from id3pm_deploy.bundle import (
+    MANIFEST_NAME,
+    Bundle,
+    EngineEntry,
+    GraphEntry,
+    open_bundle,
+)
+from id3pm_deploy.bundle.writer import BundleWriter, bundle_writer
+from id3pm_deploy.spec import DiffusionSpec, IdentitySpec, ModelSpec
+
+SHA = "0" * 64
+SPEC = DiffusionSpec(
+    ModelSpec(
+        image_size=16,
+        base_channels=32,
+        channel_multipliers=(1, 2),
+        residual_blocks=1,
+        attention_resolutions=(8,),
+        num_head_channels=16,
+    ),
+    IdentitySpec(16, "test model", SHA),
+)
+GRAPH = GraphEntry("", "step", "float32", 20, 4, 32, 1e-6, 1e-5, 1e-4, "")
+GOLDEN = Path(__file__).parent / "golden"
+SEED = bytes(range(32))
+"""Of the Ed25519 key that signed the golden bundle; a secret of nobody."""
+
+
+def new_writer(folder: Path, graph: bytes = b"graph") -> BundleWriter:
+    """A writer with a step graph of these bytes, of a checkpoint of zeros."""
+    writer = bundle_writer(folder, SPEC, SHA, "0")
+    file = writer.add_file("step-float32", ".onnx", graph)
+    golden = writer.add_file("golden", ".npz", b"golden")
+    writer.add_graph(dataclasses.replace(GRAPH, file=file, golden=golden))
+    return writer
+
+
+def new_engine(target: str, graph: str, file: str | None = None) -> EngineEntry:
+    """An engine of ONNX Runtime, or of TensorRT where ``file`` is its plan."""
+    backend, flavour = "onnxruntime", "cpu"
+    if file is not None:
+        backend, flavour = "tensorrt", "tensorrt_rtx"
+    return EngineEntry(
+        target, backend, flavour, "1", "float32", graph=graph, file=file or graph
+    )
+
+
+def with_plan(folder: Path, plan: bytes = b"plan", target: str = "rtx") -> EngineEntry:
+    """Commit a bundle that holds a plan; returns its entry."""
+    writer = new_writer(folder)
+    graph = writer.commit().manifest.graphs[0].file
+    entry = new_engine(target, graph, writer.add_file(target, ".plan", plan))
+    writer.add_engine(entry)
+    writer.commit()
+    return entry
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Names and bytes of the files in a folder, without the lock."""
+    paths = [path for path in sorted(folder.iterdir()) if path.name != ".lock"]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def targets(folder: Path) -> list[str]:
+    """Targets of the engines of a bundle."""
+    return [entry.target for entry in open_bundle(folder).manifest.engines]
+
+
+def edit_manifest(folder: Path, change: Callable[[Any], Any]) -> None:
+    """Change the parsed manifest of a bundle in place."""
+    path = folder / MANIFEST_NAME
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def write_golden(folder: Path) -> Bundle:
+    """The golden bundle of format version 2, from fixed inputs; not signed."""
+    origin = {"steps": 3, "σ": [0.5, 1e-9]}
+    spec = dataclasses.replace(SPEC, title="golden", origin=origin)
+    writer = bundle_writer(folder, spec, "ab" * 32, "0.1.0")
+    made_with = {"id3pm-deploy": "0.1.0", "torch": "2.13.0"}
+    step = writer.add_file("step-float16", ".onnx", bytes(range(256)) * 3)
+    unet = writer.add_file("unet-float32", ".onnx", b"a bare UNet" * 50)
+    golden = writer.add_file("golden", ".npz", b"")
+    plan = writer.add_file("rtx", ".plan", b"native code" * 47)
+    entry = GraphEntry(step, "step", "float16", 20, 4, 32, 1 / 3e4, 0.01, 0.05, golden)
+    writer.add_graph(dataclasses.replace(entry, recipe="float16", made_with=made_with))
+    entry = GraphEntry(unet, "unet", "float32", 20, 0, 0, 2e-7, 1e-5, 1e-4, golden)
+    writer.add_graph(dataclasses.replace(entry, recipe="float32"))
+    writer.add_engine(
+        EngineEntry("cpu", "onnxruntime", "cpu", "1.32.0", "float16", step, step)
+    )
+    writer.add_engine(
+        EngineEntry(
+            target="rtx",
+            backend="tensorrt",
+            flavour="tensorrt_rtx",
+            version="1.7.1.116",
+            precision="float16",
+            graph=step,
+            file=plan,
+            compute_capabilities=("8.6", "8.9"),
+            gpu_name="a GPU",
+            compute_capability="8.6",
+            multiprocessors=82,
+            cuda="13.0",
+            profiles=({"samples": [1, 4, 8], "rows": [1, 8, 16]},),
+            layer_types={"CONVOLUTION": {"HALF": 12, "FLOAT": 1}},
+            build_seconds=12.345,
+            peak_memory_bytes=4 << 30,
+            threads=0,
+            warnings=("slow here",),
+            made_with={"id3pm-deploy": "0.1.0"},
+        )
+    )
+    return writer.commit()

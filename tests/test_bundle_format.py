@@ -1,0 +1,197 @@
+"""Golden bytes: what BUNDLE_FORMAT.md says is what is read and written, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import GOLDEN, SEED, edit_manifest, files_in, write_golden
+from click.testing import CliRunner
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from id3pm_deploy.builders.build import build_engine
+from id3pm_deploy.bundle import (
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    EngineEntry,
+    FileEntry,
+    GraphEntry,
+    Manifest,
+    open_bundle,
+)
+from id3pm_deploy.bundle import manifest as manifest_module
+from id3pm_deploy.bundle.archive import pack_bundle, unpack_bundle
+from id3pm_deploy.bundle.migrate import migrate_bundle
+from id3pm_deploy.bundle.signing import (
+    SIGNATURE,
+    bundle_signature,
+    signature_bytes,
+)
+from id3pm_deploy.bundle.writer import locked
+from id3pm_deploy.cli import main
+from id3pm_deploy.errors import BundleError, EngineError
+from id3pm_deploy.inspection import self_tests
+from id3pm_deploy.models import open_engine, open_model
+from id3pm_deploy.selftest import load_golden, run_golden
+from id3pm_deploy.solvers import RESCALE_COLUMN
+from id3pm_deploy.spec import DiffusionSpec
+
+V1, V2, TAR = GOLDEN / "bundle-v1", GOLDEN / "bundle-v2", GOLDEN / "bundle-v2.tar"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A copy of the golden bundle of format version 1; its graph runs."""
+    return Path(shutil.copytree(V1, tmp_path / "old"))
+
+
+def test_the_golden_bundle_is_written_to_the_byte(tmp_path: Path) -> None:
+    bundle = write_golden(tmp_path / "b")
+    key = Ed25519PrivateKey.from_private_bytes(SEED)
+    (tmp_path / "b" / SIGNATURE_NAME).write_bytes(signature_bytes(bundle.data, key))
+    assert files_in(tmp_path / "b") == files_in(V2)
+
+
+def test_the_golden_bundle_is_read(tmp_path: Path) -> None:
+    bundle = open_bundle(V2)
+    bundle.verify()
+    written = write_golden(tmp_path / "b").manifest
+    assert dataclasses.asdict(bundle.manifest) == dataclasses.asdict(written)
+    assert bundle.manifest.engines[1].profiles[0] == {
+        "samples": [1, 4, 8],
+        "rows": [1, 8, 16],
+    }
+    signature = bundle_signature(bundle)
+    assert (signature.state, signature.trusted) == ("good", False)
+
+
+def test_the_golden_tar_is_packed_and_unpacked(tmp_path: Path) -> None:
+    size = pack_bundle(V2, tmp_path / "b.tar")
+    assert (tmp_path / "b.tar").read_bytes() == TAR.read_bytes()
+    assert size == TAR.stat().st_size
+    unpack_bundle(TAR, tmp_path / "b").verify()
+    assert files_in(tmp_path / "b") == files_in(V2)
+
+
+def test_golden_files_are_small() -> None:
+    sizes = [path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()]
+    assert sum(sizes) < 100_000
+
+
+def test_version_1_says_how_to_migrate(old: Path) -> None:
+    with pytest.raises(BundleError, match="format version 1; this release") as caught:
+        open_bundle(old)
+    assert caught.value.fix == f"id3pm-deploy bundle migrate {old}"
+    result = CliRunner().invoke(main, ["bundle", "verify", str(old)])
+    assert result.exit_code == 1
+    assert "bundle migrate" in result.stderr
+
+
+def test_version_1_is_migrated_to_the_byte_and_runs(old: Path) -> None:
+    before = files_in(old)
+    result = CliRunner().invoke(main, ["bundle", "migrate", str(old)])
+    assert result.exit_code == 0, result.stderr
+    assert "format version 1 is now 2" in result.stdout
+    wanted = (GOLDEN / "bundle-v1-migrated.json").read_bytes()
+    assert files_in(old) == {**before, MANIFEST_NAME: wanted}
+    tested = self_tests(old)
+    assert tested.not_run == {}
+    assert tested.errors["cpu"] is not None
+    assert tested.errors["cpu"] <= 1e-5
+    stamp = (old / MANIFEST_NAME).stat().st_mtime_ns
+    assert migrate_bundle(old) == 2
+    assert (old / MANIFEST_NAME).stat().st_mtime_ns == stamp
+
+
+def test_engines_are_built_from_a_migrated_graph(old: Path) -> None:
+    migrate_bundle(old)
+    built = build_engine(old, "cpu", None)
+    assert built.graph.step_width == RESCALE_COLUMN == 31
+    assert built.notes == ()
+    assert set(built.entry.made_with) == {"id3pm-deploy"}
+    built.bundle.verify()
+    golden = load_golden(built.bundle, built.graph)
+    with open_engine(open_model(old)) as engine:
+        run_golden(engine, golden)
+        golden["step"][:, RESCALE_COLUMN] = 0.5
+        with pytest.raises(EngineError, match="before guidance rescale"):
+            engine.run_row(golden["step"], golden["noise"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(format_version=0), "format version 0"),
+        (lambda v: v.update(format_version=3), "format version 3"),
+        (lambda v: v.update(format_version="1"), "format version '1'"),
+        (lambda v: v.update(format_version=True), "format version True"),
+        (lambda v: v.pop("format_version"), "format version None"),
+        (lambda v: v.update(format="id3pm-checkpoint"), "does not describe"),
+        (lambda v: v["graphs"][0].update(made_with={}), "not of format version 1"),
+        (lambda v: v["engines"][0].update(cuda=None), "not of format version 1"),
+        (lambda v: v["engines"].append(7), "not of format version 1"),
+        (lambda v: v.pop("graphs"), "lacks the list graphs"),
+        (lambda v: v["graphs"][0].update(file="../x"), "names the file '../x'"),
+        (lambda v: v["files"].clear(), "does not describe the file"),
+    ],
+)
+def test_what_cannot_be_migrated_stays_as_it_is(
+    old: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    edit_manifest(old, change)
+    before = files_in(old)
+    with pytest.raises(BundleError, match=message):
+        migrate_bundle(old)
+    assert files_in(old) == before
+
+
+def test_a_migration_waits_for_the_lock_and_fails_whole(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files_in(old)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(Exception, match="cannot write"):
+            migrate_bundle(old)
+    assert files_in(old) == before
+    thread = threading.Thread(target=migrate_bundle, args=(old,))
+    with locked(old):
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert files_in(old) == before
+    thread.join(60)
+    open_bundle(old).verify()
+
+
+def test_the_specification_names_every_key_and_limit(root: Path) -> None:
+    text = (root / "BUNDLE_FORMAT.md").read_text("utf-8")
+    kinds = (Manifest, FileEntry, GraphEntry, EngineEntry, DiffusionSpec)
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    for part in dataclasses.asdict(open_bundle(V2).manifest.diffusion).values():
+        names |= set(part) - {"steps", "σ"} if isinstance(part, dict) else set()
+    names |= set(json.loads((V2 / SIGNATURE_NAME).read_text()))
+    assert {name for name in names if f"`{name}`" not in text} == set()
+    limits = [
+        manifest_module.MAX_FILES,
+        manifest_module.MAX_FILE_BYTES,
+        manifest_module.MAX_TOTAL_BYTES,
+        manifest_module.MAX_GRAPHS,
+        manifest_module.MAX_ENGINES,
+        manifest_module.MANIFEST.max_bytes,
+        SIGNATURE.max_bytes,
+    ]
+    plain = text.replace(",", "")
+    assert [limit for limit in limits if f" {limit} " not in plain] == []
+    assert manifest_module._NAME.pattern in text
