@@ -28,7 +28,8 @@ from .identity.embedders import load_embedder
 from .identity.vectors import IdentityFile, save_identities
 from .images import contact_sheet, save_sheet
 from .models import open_engine, open_model
-from .parity_run import ParityRequest, parity_to_folder
+from .parity.run import ParityRequest, parity_to_folder
+from .parity.sides import SideRequest
 from .progress import progress
 from .shipped import shipped_checkpoint
 
@@ -149,15 +150,14 @@ def _sample(
 def _compare(
     bundle: Path, checkpoint: Path, settings: SampleSettings, out: Path
 ) -> bool:
-    model = open_model(bundle)
     request = ParityRequest(
-        checkpoint=checkpoint,
-        identity=out / "identity.npz",
+        engine=SideRequest(bundle),
+        reference=SideRequest(checkpoint),
         settings=dataclasses.replace(settings, count=_PARITY_PICTURES),
+        identity=out / "identity.npz",
         judge="sface",
     )
-    with open_engine(model) as engine:
-        return parity_to_folder(out / "parity", model, engine, request).passed
+    return parity_to_folder(out / "parity", request).passed
 
 
 def _save_overview(path: Path, photo: Path, made: Pictures) -> None:

@@ -138,6 +138,64 @@ def test_float16_that_overflowed_never_passes() -> None:
     assert not found.passes(1.0)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_same_broken_value_in_the_same_place_is_no_agreement(bad: float) -> None:
+    """inf - inf and NaN - NaN are NaN, which is below every tolerance if one asks
+    the wrong way round."""
+    a = np.array([1.0, bad, -bad], np.float32)
+    found = compare(a, a.copy())
+    assert (found.nonfinite_actual, found.nonfinite_expected) == (2, 2)
+    assert found.max_rel == math.inf
+    assert not found.passes(1e300)
+    opposite = compare(a, -a)
+    assert not opposite.passes(1e300)
+
+
+def test_nan_in_different_places_is_counted_on_both_sides() -> None:
+    a, b = np.ones(5), np.ones(5)
+    a[0] = b[4] = math.nan
+    found = compare(a, b)
+    assert (found.nonfinite_actual, found.nonfinite_expected) == (1, 1)
+    assert found.quantiles[0] == 0.0
+    assert not found.passes(1e300)
+
+
+def test_negative_zero_is_zero() -> None:
+    found = compare(np.array([-0.0, 0.0]), np.array([0.0, -0.0]))
+    assert found.passes(0.0)
+    assert found.cosine == 1.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"),
+    [(np.float16, 2.0**-24), (np.float32, 2.0**-149), (np.float64, 5e-324)],
+)
+def test_denormals_are_numbers_like_any_other(dtype: Any, least: float) -> None:
+    """The smallest numbers of a type: neither flushed to zero nor divided into NaN."""
+    a = np.array([3 * least, 0.0], dtype)
+    b = np.array([2 * least, 0.0], dtype)
+    found = compare(a, b)
+    assert found.max_abs == least
+    assert found.max_rel == 0.5
+    assert found.finite
+    assert found.cosine == pytest.approx(1.0)
+    assert math.isfinite(found.psnr)
+    assert not found.passes(0.4)
+    gone = compare(np.zeros(2, dtype), b)
+    assert (gone.max_rel, gone.cosine) == (1.0, 0.0)
+    came = compare(b, np.zeros(2, dtype))
+    assert came.max_rel == math.inf
+    strict_json(found.to_json())
+
+
+def test_a_denormal_error_beside_large_values_is_small_and_not_nothing() -> None:
+    a = np.array([1.0, 2.0**-149], np.float32)
+    found = compare(a, np.array([1.0, 0.0], np.float32))
+    assert 0 < found.max_rel < 1e-44
+    assert not found.passes(0.0)
+    assert found.passes(1e-40)
+
+
 def test_float16_is_widened_before_it_is_subtracted() -> None:
     a = np.array([60000.0, -60000.0], np.float16)
     found = compare(a, -a)

@@ -10,86 +10,198 @@ import click
 
 from ..defaults import BACKENDS, COUNT
 from ..errors import InputError, ParityError
-from .options import PATH, option, sample_settings, sampling_options
+from .options import PATH, option, sample_settings, sampling_options, trust_option
+
+_PRECISIONS = click.Choice(["float32", "float16"])
+_MEANINGLESS = {
+    "golden": "the file says what is to be made",
+    "record": "golden data is recorded from random identities, without a report",
+}
 
 
 @click.command(name="parity")
 @click.argument("model", type=PATH)
-@click.option("--reference", type=PATH, help="CHECKPOINT.  [default: MODEL itself]")
+@click.option(
+    "--against",
+    "--reference",
+    "against",
+    type=PATH,
+    help="CHECKPOINT or BUNDLE of the same model.  [default: a CHECKPOINT's own]",
+)
+@click.option(
+    "--golden", type=PATH, metavar="FILE.npz", help="Compare with recorded data."
+)
+@click.option(
+    "--record", type=PATH, metavar="FILE.npz", help="Record such data; no report."
+)
+@click.option("--out", type=PATH, help="Folder for the report.")
 @click.option("--identity", type=PATH, metavar="FILE.npz", help="[default: random]")
-@click.option("--out", required=True, type=PATH, help="Folder for the report.")
 @sampling_options
 @option("--count", default=COUNT, help="Pictures of each identity.")
 @option("--backend", default="auto", type=click.Choice(BACKENDS))
-@option("--precision", type=click.Choice(["float32", "float16"]), help="If several.")
-@option("--threads", default=0, help="CPU threads; 0 leaves the runtime's choice.")
+@option("--precision", type=_PRECISIONS, help="If several.")
 @option("--device", default="cpu", help="Device of the torch backend.")
-@option("--tolerance-step", type=float, help="[default: the graph's]")
-@option("--tolerance-trajectory", type=float, help="[default: the graph's]")
+@option("--against-backend", default="auto", type=click.Choice(BACKENDS))
+@option("--against-precision", type=_PRECISIONS, help="[default: as the other side]")
+@option("--against-device", default="cpu", help="Device of the torch backend.")
+@option("--threads", default=0, help="CPU threads; 0 leaves the runtime's choice.")
+@trust_option
+@option("--tolerance-step", type=float, help="Tighter than the graph's.")
+@option("--tolerance-trajectory", type=float, help="Tighter than the graph's.")
 @click.option("--judge", metavar="SPEC", help="FR model that scores the identity.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     model: Path,
-    reference: Path | None,
-    identity: Path | None,
-    out: Path,
-    count: int,
-    backend: str,
-    precision: str | None,
-    threads: int,
-    device: str,
-    tolerance_step: float | None,
-    tolerance_trajectory: float | None,
-    judge: str | None,
+    against: Path | None,
+    golden: Path | None,
+    record: Path | None,
+    out: Path | None,
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Compare the engine of MODEL with the PyTorch reference on the same noise.
+    """Compare two computations of one model, step by step, on the same noise.
 
-    OUT gets parity.json, parity.png and index.html. The exit status is 1 when an error
-    is past its tolerance. MODEL is a BUNDLE, with --reference naming the CHECKPOINT it
-    was made from, or a CHECKPOINT, whose torch backend is then tested.
+    MODEL is a BUNDLE or a CHECKPOINT, and is what is judged. It is held against the
+    CHECKPOINT or BUNDLE of --against, or against the recorded data of --golden; where
+    a side is PyTorch in float32, diffusers' own scheduler is compared as well. OUT gets
+    index.html, parity.json, parity.md and parity.png. The exit status is 1 when an
+    error is past its tolerance, which options can tighten and nothing can loosen.
+
+    Two BUNDLEs, or a BUNDLE and recorded data, need no PyTorch. With both --golden and
+    --against, table rows are held against the latter on the recorded noise.
     """
-    from ..optional import require
-
-    require("torch", extra="export")
-    require("diffusers", extra="export")
-    from ..models import open_engine, open_model
-    from ..parity_run import ParityRequest, parity_to_folder
-
-    settings = sample_settings(values, count=count)
-    opened = open_model(model)
-    if opened.bundle is not None and reference is None:
-        raise InputError(
-            "a BUNDLE needs the CHECKPOINT it is compared with",
-            fix="give --reference CHECKPOINT",
+    if record is not None:
+        _refuse_unused(
+            ctx, "record", ("golden", "against", "out", "identity", "judge", "as_json")
         )
-    engine = open_engine(
-        opened, backend, precision=precision, threads=threads, device=device
-    )
-    request = ParityRequest(
-        checkpoint=reference or model,
-        identity=identity,
-        settings=settings,
-        tolerance_step=tolerance_step,
-        tolerance_trajectory=tolerance_trajectory,
-        judge=judge,
-    )
-    with engine:
-        report = parity_to_folder(out, opened, engine, request)
-    found = report.to_json()
+        _record(record, model, values)
+        return
+    if out is None:
+        raise InputError("--out is missing", fix="give a folder for the report")
+    if golden is not None:
+        unused = ("identity", "judge", "count", *_sampling_names())
+        _refuse_unused(ctx, "golden", unused)
+    report = _compare(model, against, golden, out, values)
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(report.to_json()))
     else:
-        click.echo(f"{'PASS' if report.passed else 'FAIL'}  {report.title}")
-        click.echo(
-            f"final pictures  relative error {report.final.max_rel:.2e}, at most "
-            f"{report.uint8_max} grey levels"
-        )
-        click.echo(f"report          {out / 'index.html'}")
+        _say(report, out)
     if not report.passed:
         raise ParityError(
             f"{len(report.failures)} comparisons are past their tolerance",
             why=report.failures[0],
             fix=f"see {out / 'index.html'}",
         )
+
+
+def _sampling_names() -> tuple[str, ...]:
+    """Parameters that :func:`sampling_options` adds."""
+
+    def nothing() -> None:
+        """Carry the options."""
+
+    made: Any = sampling_options(nothing)
+    return tuple(one.name for one in made.__click_params__)
+
+
+def _refuse_unused(ctx: click.Context, mode: str, names: tuple[str, ...]) -> None:
+    given = [
+        name
+        for name in names
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        flags = {one.name: one.opts[0] for one in ctx.command.params}
+        raise InputError(
+            f"{', '.join(flags[name] for name in given)} cannot go with --{mode}",
+            why=_MEANINGLESS[mode],
+            fix="leave it out",
+        )
+
+
+def _sides(
+    model: Path, against: Path | None, values: dict[str, Any]
+) -> tuple[Any, ...]:
+    from ..parity.sides import SideRequest
+
+    common = {"threads": values["threads"], "trust": values["trust"]}
+    names = ("backend", "precision", "device")
+    first = SideRequest(model, **{n: values[n] for n in names}, **common)
+    if against is None:
+        return first, None
+    chosen = {n: values[f"against_{n}"] for n in names}
+    return first, SideRequest(against, **chosen, **common)
+
+
+def _record(path: Path, model: Path, values: dict[str, Any]) -> None:
+    from ..parity.run import record_to_file
+
+    side, _ = _sides(model, None, values)
+    record_to_file(path, side, sample_settings(values, count=values["count"]))
+    click.echo(f"recorded  {path}")
+
+
+def _compare(
+    model: Path,
+    against: Path | None,
+    golden: Path | None,
+    out: Path,
+    values: dict[str, Any],
+) -> Any:
+    from ..checkpoint_config import is_checkpoint
+    from ..parity.run import (
+        GoldenRequest,
+        ParityRequest,
+        Tightening,
+        golden_to_folder,
+        parity_to_folder,
+    )
+
+    if golden is None and against is None:
+        if not is_checkpoint(model):
+            raise InputError(
+                "a BUNDLE has to be compared with something",
+                fix="give --reference CHECKPOINT, --against BUNDLE or --golden FILE",
+            )
+        against = model
+    first, second = _sides(model, against, values)
+    tighter = Tightening(values["tolerance_step"], values["tolerance_trajectory"])
+    if golden is not None:
+        return golden_to_folder(out, GoldenRequest(first, golden, second, tighter))
+    return parity_to_folder(
+        out,
+        ParityRequest(
+            engine=first,
+            reference=second,
+            settings=sample_settings(values, count=values["count"]),
+            identity=values["identity"],
+            judge=values["judge"],
+            tolerances=tighter,
+        ),
+    )
+
+
+def _say(report: Any, out: Path) -> None:
+    """The verdict, the largest error of each kind, and where the report is."""
+    from ..compare import format_error
+
+    click.echo(f"{'PASS' if report.passed else 'FAIL'}  {report.title}")
+    names = {
+        "forward": "forward passes",
+        "final": "final pictures",
+        "single": "one step",
+        "state": "along the trajectory",
+        "oracle": "diffusers' scheduler",
+    }
+    for part, name in names.items():
+        worst = report.worst(part)
+        if worst is not None:
+            error = format_error(worst.found.max_rel)
+            limit = format_error(worst.tolerance or 0)
+            click.echo(f"{name:22}largest error {error}, tolerance {limit}")
+    for line in report.not_checked:
+        click.echo(f"not compared: {line}")
+    click.echo(f"{'report':22}{out / 'index.html'}")

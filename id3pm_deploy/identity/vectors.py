@@ -12,12 +12,9 @@ Reading never unpickles, and looks at sizes and headers before it takes memory.
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import re
 import secrets
-import stat
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,13 +24,13 @@ import numpy.typing as npt
 
 from ..errors import IdentityError, InputError
 from ..files import atomic_path
+from ..npz import NpzError, NpzReader, open_npz
 
 FORMAT_VERSION = 1
 MAX_BYTES = 256 * 2**20
 MAX_VECTORS = 1_000_000
 NORMALISATIONS = ("raw", "unit", "unit_sqrt_dim")
 
-_MAX_MEMBERS = 32
 _MAX_NAME = 200
 _ID = re.compile(r"[0-9a-f]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -157,23 +154,16 @@ def load_identities(path: Path) -> IdentityFile:
     """
     where = f"identity file {path}"
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise _refused(where, "it is not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise _refused(where, f"it has more than {MAX_BYTES} bytes")
-        with zipfile.ZipFile(path) as archive:
-            arrays = _read_arrays(archive, where)
+        with open_npz(path, MAX_BYTES) as file_arrays:
+            arrays = _read_arrays(file_arrays)
     except FileNotFoundError as error:
         raise IdentityError(
             f"{where} does not exist", fix="check the path, or make it with `embed`"
         ) from error
     except OSError as error:
         raise _refused(where, error.strerror or str(error)) from error
-    except IdentityError:
-        raise
-    except Exception as error:  # a damaged zip can raise almost anything
-        raise _refused(where, f"it is not a readable .npz ({error})") from error
+    except NpzError as error:
+        raise _refused(where, str(error)) from error
     file = _from_arrays(arrays, where)
     check_contents(file, where)
     return file
@@ -183,51 +173,12 @@ def _refused(where: str, why: str) -> IdentityError:
     return IdentityError(f"{where} cannot be used", why=why, fix=_REMAKE)
 
 
-def _read_arrays(archive: zipfile.ZipFile, where: str) -> dict[str, npt.NDArray[Any]]:
-    """The wanted members as arrays; sizes are checked before anything is read."""
-    members = archive.infolist()
-    names = [member.filename for member in members]
-    if len(members) > _MAX_MEMBERS or len(set(names)) != len(names):
-        raise _refused(where, "it has too many or doubled members")
-    # zipfile unpacks these two piece by piece; others could fill the memory.
-    plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    if any(member.compress_type not in plain for member in members):
-        raise _refused(where, "it is packed in a way that is not allowed")
-    if sum(member.file_size for member in members) > MAX_BYTES:
-        raise _refused(where, f"it unpacks to more than {MAX_BYTES} bytes")
+def _read_arrays(file_arrays: NpzReader) -> dict[str, npt.NDArray[Any]]:
     wanted = ("format_version", "vectors", "ids", "model_name", "model_sha256")
-    missing = [name for name in wanted if f"{name}.npy" not in names]
+    missing = [name for name in wanted if name not in file_arrays.names]
     if missing:
-        raise _refused(where, f"it has no {', '.join(missing)}")
-    arrays = {}
-    for name in wanted:
-        try:
-            data = archive.read(f"{name}.npy")
-            arrays[name] = _array_from_npy(data)
-        except Exception as error:  # a damaged header can raise almost anything
-            raise _refused(where, f"{name} cannot be read ({error})") from error
-    return arrays
-
-
-def _array_from_npy(data: bytes) -> npt.NDArray[Any]:
-    """Decode one .npy whose header must agree exactly with its length."""
-    stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f".npy version {version}")
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }[version]
-    shape, fortran, dtype = read(stream)
-    if dtype.kind not in "iufU" or dtype.itemsize == 0 or any(n < 0 for n in shape):
-        raise ValueError(f"unexpected type {dtype} or shape {shape}")
-    start = stream.tell()
-    if len(data) - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError("its length is not what its header says")
-    flat = np.frombuffer(data, dtype=dtype, offset=start)
-    array = flat.reshape(shape, order="F" if fortran else "C")
-    return array.astype(dtype.newbyteorder("="), order="C")
+        raise NpzError(f"it has no {', '.join(missing)}")
+    return {name: file_arrays.read(name) for name in wanted}
 
 
 def _from_arrays(arrays: dict[str, npt.NDArray[Any]], where: str) -> IdentityFile:
@@ -238,7 +189,8 @@ def _from_arrays(arrays: dict[str, npt.NDArray[Any]], where: str) -> IdentityFil
     for name, shape in (("ids", 1), ("model_name", 0), ("model_sha256", 0)):
         if arrays[name].dtype.kind != "U" or arrays[name].ndim != shape:
             raise _refused(where, f"{name} is not text of the right shape")
-    with contextlib.suppress(ValueError):  # code points beyond Unicode: ValueError
+    # What NumPy raises for code points beyond Unicode.
+    with contextlib.suppress(ValueError, SystemError):
         return IdentityFile(
             vectors=cast(Float32Array, arrays["vectors"]),
             ids=tuple(str(one) for one in arrays["ids"]),

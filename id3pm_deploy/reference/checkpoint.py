@@ -24,7 +24,7 @@ from ..checkpoint_config import (
     weights_sha256,
 )
 from ..errors import CheckpointError
-from ..files import atomic_path, json_text, make_folder, write_bytes
+from ..files import atomic_path, json_text, make_folder, open_plain, write_bytes
 from ..spec import DiffusionSpec
 from .unet import IdentityUNet
 
@@ -74,6 +74,8 @@ def _empty_network(spec: DiffusionSpec, path: Path) -> IdentityUNet:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
+        with open_plain(path, follow=True):  # no pipe, which would be waited for
+            pass
         with safetensors.safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:

@@ -6,25 +6,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
 
-from .compare import format_error
-
-if TYPE_CHECKING:
-    from .report import ParityReport
+from ..compare import Comparison, format_error
+from .findings import ParityReport, StepComparison, Trajectory, badness
 
 _WIDTH, _HEIGHT = 860, 380
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 104, 30, 62
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 130, 30, 62
 _BAND = 34
 """Height of the bands for what a logarithm cannot show: infinity, and zero."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _X_LABELS = 10
 _Y_LABELS = 9
-_MEANING = {
-    "state": "state after the row, along both trajectories",
-    "x0": "x0, the preview (held to no tolerance)",
-    "single": "one step from the reference's state",
+CURVES = {
+    "state": ("state", "after the row, along each side's own trajectory"),
+    "single": ("one step", "one row alone, started from the reference's state"),
+    "oracle": ("diffusers", "against diffusers' own scheduler"),
+    "x0": ("x0", "the preview of the picture, held to no tolerance"),
 }
+"""What is drawn: its name in a :class:`StepComparison`, and its name and meaning for
+people."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +58,25 @@ class _Axes:
         return self.bottom - share * (self.bottom - self.top)
 
 
-def error_plot(report: ParityReport) -> str:
+def error_plot(report: ParityReport, trajectory: Trajectory) -> str:
     """A figure: the error of each table row on a log axis, with the tolerances.
 
     Each row is one ``<circle>`` a curve, whose title holds its figures. Zero and
     infinity, which have no logarithm, stand in bands of their own.
     """
-    curves = _curves(report)
-    limits = {"trajectory": report.tolerances.trajectory}
-    if "single" in curves:
-        limits["one step"] = report.tolerances.step
+    steps = trajectory.per_step
+    curves = _curves(steps)
+    limits = _limits(report, curves)
     values = [value for curve in curves.values() for value in curve]
-    axes = _axes(len(report.per_step), values, [*limits.values()])
-    parts = [_y_axis(axes), _x_axis(axes, report)]
+    axes = _axes(len(steps), values, [*limits.values()])
+    parts = [_y_axis(axes), _x_axis(axes, steps)]
     for name, values in curves.items():
         points = [(axes.x(i), axes.y(value)) for i, value in enumerate(values)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline class="{name}" points="{path}"/>')
-        for step, value, (x, y) in zip(report.per_step, values, points, strict=True):
-            said = f"{name}, table row {step.table_row}, t = {step.timestep:g}: "
+        for step, value, (x, y) in zip(steps, values, points, strict=True):
+            said = f"{CURVES[name][0]}, table row {step.table_row}, "
+            said += f"t = {step.timestep:g}: "
             said += format_error(value)
             parts.append(
                 f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="{_radius(axes)}">'
@@ -84,15 +84,17 @@ def error_plot(report: ParityReport) -> str:
             )
     parts.append(_limit_lines(axes, limits))
     keys = "; ".join(
-        f'<span class="key {name}">{name}</span>: {escape(_MEANING[name])}'
+        f'<span class="key {name}">{escape(CURVES[name][0])}</span>: '
+        f"{escape(CURVES[name][1])}"
         for name in curves
     )
     drawing = "\n".join(parts)
     return (
-        f'<figure>\n<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        '<figure>\n<div class="wide"><svg class="plot" '
+        f'viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         'aria-label="Error against table row, on a logarithmic axis">\n'
-        f"{drawing}\n</svg>\n<figcaption>{keys}. Dashed in red: tolerance.</figcaption>"
-        "\n</figure>"
+        f"{drawing}\n</svg></div>\n<figcaption>{keys}. Dashed in red: tolerance."
+        "</figcaption>\n</figure>"
     )
 
 
@@ -100,17 +102,28 @@ def _radius(axes: _Axes) -> float:
     return 3.2 if axes.rows <= 60 else 1.8
 
 
-def _curves(report: ParityReport) -> dict[str, list[float]]:
+def _curves(steps: Sequence[StepComparison]) -> dict[str, list[float]]:
     """Errors by row; a curve that not every row has is left out."""
-    steps = report.per_step
-    curves = {
-        "state": [s.state.max_rel if s.state.finite else math.inf for s in steps],
-        "x0": [s.x0.max_rel if s.x0.finite else math.inf for s in steps],
-    }
-    single = [s.single for s in steps if s.single is not None]
-    if len(single) == len(steps):
-        curves["single"] = [c.max_rel if c.finite else math.inf for c in single]
+    curves = {}
+    for name in CURVES:
+        found: list[Comparison | None] = [getattr(step, name) for step in steps]
+        if all(one is not None for one in found):
+            curves[name] = [badness(one) for one in found]
     return curves
+
+
+def _limits(report: ParityReport, curves: Mapping[str, object]) -> dict[str, float]:
+    """Tolerances by what they bound; those of equal size share a line."""
+    wanted = {
+        "trajectory": report.tolerances.trajectory if "state" in curves else 0.0,
+        "one step": report.tolerances.step if "single" in curves else 0.0,
+        "diffusers": report.oracle_tolerance if "oracle" in curves else 0.0,
+    }
+    limits: dict[float, str] = {}
+    for name, value in wanted.items():
+        if value > 0:
+            limits[value] = f"{limits[value]}, {name}" if value in limits else name
+    return {name: value for value, name in limits.items()}
 
 
 def _axes(rows: int, values: Sequence[float], limits: Sequence[float]) -> _Axes:
@@ -161,17 +174,17 @@ def _y_axis(axes: _Axes) -> str:
     return "\n".join(parts)
 
 
-def _x_axis(axes: _Axes, report: ParityReport) -> str:
+def _x_axis(axes: _Axes, steps: Sequence[StepComparison]) -> str:
     floor = _HEIGHT - _BOTTOM
     parts = [_line("axis", _LEFT, floor, _WIDTH - _RIGHT, floor)]
     every = -(-axes.rows // _X_LABELS)
     for index in range(0, axes.rows, every):
-        x, step = axes.x(index), report.per_step[index]
+        x, step = axes.x(index), steps[index]
         parts.append(_line("axis", x, floor, x, floor + 4))
         parts.append(_text(x, floor + 18, str(step.table_row), "middle"))
-        parts.append(_text(x, floor + 33, f"t={step.timestep:g}", "middle"))
+        parts.append(_text(x, floor + 33, f"t={round(step.timestep, 1):g}", "middle"))
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(_text(middle, _HEIGHT - 8, "table row, and its time step t", "middle"))
+    parts.append(_text(middle, _HEIGHT - 8, "table row, and its timestep t", "middle"))
     return "\n".join(parts)
 
 
@@ -182,11 +195,10 @@ def _limit_lines(axes: _Axes, limits: Mapping[str, float]) -> str:
     run into each other.
     """
     parts = []
-    for (name, limit), shift in zip(limits.items(), (-18, 14), strict=False):
-        if limit > 0:
-            y, x = axes.y(limit), _WIDTH - _RIGHT
-            parts.append(_line("limit", _LEFT, y, _WIDTH, y))
-            words = f"at most {format_error(limit)}"
-            parts.append(_text(x + 6, y + shift, name, "start", "limit-name"))
-            parts.append(_text(x + 6, y + shift + 13, words, "start", "limit-name"))
+    for (name, limit), shift in zip(limits.items(), (-18, 14, 14), strict=False):
+        y, x = axes.y(limit), _WIDTH - _RIGHT
+        parts.append(_line("limit", _LEFT, y, _WIDTH, y))
+        words = f"at most {format_error(limit)}"
+        parts.append(_text(x + 6, y + shift, name, "start", "limit-name"))
+        parts.append(_text(x + 6, y + shift + 13, words, "start", "limit-name"))
     return "\n".join(parts)

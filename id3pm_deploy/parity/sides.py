@@ -1,0 +1,168 @@
+"""The two sides of a comparison: what runs, at which precision, and whether both are
+the same function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..backends.base import Engine, EngineInfo
+from ..errors import ParityError
+from ..models import Model, bundle_graph, open_engine, open_model
+from ..optional import require
+from ..tolerances import CEILINGS, Tolerances
+
+_NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
+
+
+@dataclass(frozen=True)
+class SideRequest:
+    """What to open: the arguments of :func:`~id3pm_deploy.models.open_engine`.
+
+    ``precision`` None takes a bundle's own engine's; for a second side, that of the
+    first.
+    """
+
+    path: Path
+    backend: str = "auto"
+    precision: str | None = None
+    threads: int = 0
+    device: str = "cpu"
+    trust: bool = False
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side: its model and the engine that runs it, not yet entered."""
+
+    model: Model
+    engine: Engine
+    threads: str
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine says of itself."""
+        return self.engine.info
+
+    @property
+    def half(self) -> bool:
+        """Whether the UNet's weights are in float16."""
+        return self.info.precision.startswith("float16")
+
+    @property
+    def name(self) -> str:
+        """Backend and precision, for people."""
+        backend = _NAMES.get(self.info.backend, self.info.backend)
+        return f"{backend} ({self.info.precision})"
+
+    @property
+    def facts(self) -> str:
+        """Backend, version, precision, device and threads, in a line."""
+        info = self.info
+        return (
+            f"{info.backend} {info.version}, {info.precision}, {info.device}, "
+            f"{self.threads}"
+        )
+
+    @property
+    def tolerances(self) -> Tolerances:
+        """What its graph was promised to keep, under the project's ceiling."""
+        precision = "float16" if self.half else "float32"
+        most = CEILINGS[precision]
+        if self.model.bundle is None:
+            return most
+        graph = bundle_graph(self.model.bundle, precision)
+        own = Tolerances(graph.tolerance_step, graph.tolerance_trajectory)
+        return most.tightest(own)
+
+
+def open_side(request: SideRequest) -> Side:
+    """Open a CHECKPOINT or a BUNDLE with an engine for it.
+
+    Raises:
+        InputError, CheckpointError, BundleError, EngineError: See ``open_model`` and
+            ``open_engine``.
+    """
+    model = open_model(request.path)
+    engine = open_engine(
+        model,
+        request.backend,
+        precision=request.precision,
+        threads=request.threads,
+        device=request.device,
+        trust=request.trust,
+    )
+    return Side(model, engine, _threads(engine.info, request.threads))
+
+
+def open_reference(request: SideRequest, engine: Side) -> Side:
+    """Open the side that ``engine`` is held against.
+
+    Where no precision is asked for, it is the engine's, if that is not PyTorch itself:
+    PyTorch in float16 is the oracle of float16 engines, and is itself held against
+    float32.
+
+    Raises:
+        ParityError: It is not the same function.
+        Id3pmError: See :func:`open_side`.
+    """
+    check_same_function(engine.model, open_model(request.path))
+    precision = request.precision
+    if precision is None and engine.info.backend != "torch":
+        wanted = "float16" if engine.half else "float32"
+        there = open_model(request.path).bundle
+        if there is None or there.graph("step", wanted) is not None:
+            precision = wanted
+    return open_side(
+        SideRequest(
+            request.path,
+            request.backend,
+            precision,
+            request.threads,
+            request.device,
+            request.trust,
+        )
+    )
+
+
+def check_same_function(engine: Model, reference: Model) -> None:
+    """Refuse to compare two models that do not compute the same function.
+
+    Raises:
+        ParityError: Facts of the model or the weights differ; they are named.
+    """
+    differ = engine.spec.differences(reference.spec)
+    if engine.weights_sha256 != reference.weights_sha256:
+        differ.append("the weights' SHA-256")
+    if differ:
+        raise ParityError(
+            f"{engine.path} and {reference.path} are not the same model",
+            why=f"they differ in {', '.join(differ)}",
+            fix="compare a BUNDLE with the CHECKPOINT that it was exported from, or "
+            "with another BUNDLE of that",
+        )
+
+
+def pair_tolerances(engine: Side, reference: Side | None) -> Tolerances:
+    """What two sides are held to: the tighter one's promise in the coarser precision.
+
+    A float16 side differs from a float32 one by its own rounding, so that the float32
+    side's promise cannot be asked of the pair.
+    """
+    if reference is None or reference.half == engine.half:
+        sides = [side for side in (engine, reference) if side is not None]
+    else:
+        sides = [side for side in (engine, reference) if side.half]
+    found = sides[0].tolerances
+    for side in sides[1:]:
+        found = found.tightest(side.tolerances)
+    return found
+
+
+def _threads(info: EngineInfo, asked: int) -> str:
+    if info.backend == "torch" and info.device == "cpu":
+        count = int(require("torch", extra="export").get_num_threads())
+        return f"{count} threads" if count != 1 else "1 thread"
+    if info.device != "CPU" or not asked:
+        return "the runtime's choice of threads"
+    return f"{asked} threads" if asked != 1 else "1 thread"

@@ -1,0 +1,88 @@
+"""Two engines in step: every table, every starting point and every draw of noise is
+made once and handed to both."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backends.base import Engine, Float32
+from ..compare import Comparison, compare
+from ..errors import EngineError
+from ..guidance import GuidanceTable
+
+
+class Tandem(Engine):
+    """An engine that runs each table row in two others, on the very same arrays.
+
+    The sampler walks it like any engine. Every row is run three times: in the
+    reference, in the engine from the reference's state (``single``), and in the engine
+    from its own.
+
+    Args:
+        engine: What is judged; entered.
+        reference: What it is held against; entered, of the same shapes.
+
+    Raises:
+        EngineError: The two run pictures or identities of different shapes.
+    """
+
+    def __init__(self, engine: Engine, reference: Engine) -> None:
+        if engine.shapes != reference.shapes:
+            raise EngineError(
+                "two engines of different shapes cannot be compared",
+                why=f"{engine.shapes} and {reference.shapes}",
+            )
+        super().__init__(engine.info, engine.shapes)
+        self.engine = engine
+        self.reference = reference
+        self.single: Comparison | None = None
+        self.noise: Float32 | None = None
+        """The noise of the row that ran last; None where it used none."""
+        self.x_t: Float32 | None = None
+
+    def close(self) -> None:
+        """Leave both engines to whoever entered them."""
+
+    def _begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
+        self.x_t = x_t
+        self.engine.begin(x_t, guidance)
+        self.reference.begin(x_t, guidance)
+
+    def _guide(self, guidance: GuidanceTable) -> None:
+        self.engine.guide(guidance)
+        self.reference.guide(guidance)
+
+    def _run(self, step: Float32, noise: Float32 | None) -> Float32:
+        own, common = self.engine.state(), self.reference.state()
+        self.reference.run_row(step, noise)
+        self.engine.load_state(common)
+        self.engine.run_row(step, noise)
+        self.single = compare(self.engine.state(), self.reference.state())
+        if not np.array_equal(own, common):
+            self.engine.load_state(own)
+            self.engine.run_row(step, noise)
+        self.noise = noise
+        # Failed samples are asked of each side.
+        assert self._row is not None
+        return np.ones(len(self._row), np.float32)
+
+    def state(self) -> Float32:
+        """The engine's state, [K, B, C, H, W]."""
+        return self.engine.state()
+
+    def load_state(self, state: Float32) -> None:
+        """Put a state in place, on both sides."""
+        self.engine.load_state(state)
+        self.reference.load_state(state)
+
+    def preview(self) -> Float32:
+        """The engine's last predicted x0, [B, C, H, W]."""
+        return self.engine.preview()
+
+    def failed_samples(self) -> npt.NDArray[np.bool_]:
+        """[B], True where a sample failed on either side."""
+        failed: npt.NDArray[np.bool_] = (
+            self.engine.failed_samples() | self.reference.failed_samples()
+        )
+        return failed
