@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import RecipeError
+from .files import open_plain
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,6 +24,9 @@ else:  # pragma: no cover - exercised on Python 3.10 only
     import tomli as tomllib
 
 T = TypeVar("T")
+
+# The time to parse some TOML grows with the square of its length.
+_MAX_BYTES = 1 << 14
 
 
 def dataclass_from_mapping(kind: type[T], values: Any, where: str) -> T:
@@ -143,8 +147,11 @@ def load_recipe(kind: str, name: str, into: type[T]) -> T:
                 fix=f"use one of {', '.join(recipe_names(kind))}, or a .toml file",
             )
     try:
-        with open(path, "rb") as handle:
-            values = tomllib.load(handle)
+        with open_plain(path, follow=True) as handle:
+            text = handle.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise RecipeError(f"{path} is too large to be a recipe")
+        values = tomllib.loads(text.decode("utf-8"))
     except OSError as error:
         raise RecipeError(
             f"cannot read the recipe {path}", why=error.strerror or str(error)

@@ -280,6 +280,13 @@ class FaceDetector:
 
     def _detect_padded(self, rgb: Image, pad: float, most: int) -> list[Face]:
         """Detect with a border of ``pad`` of each side, in the original's pixels."""
+        if pad and max(rgb.shape[:2]) > 2 * _DETECT_SIDE:
+            # The border of a large picture would take gigabytes.
+            size = _reduced(rgb.shape, 2 * _DETECT_SIDE)
+            small = self._cv2.resize(rgb, size, interpolation=self._cv2.INTER_AREA)
+            ratio = np.array([rgb.shape[1] / size[0], rgb.shape[0] / size[1]])
+            faces = self._detect_padded(small, pad, most)
+            return [_enlarged(face, ratio) for face in faces]
         height, width = rgb.shape[:2]
         dx, dy = round(pad * width), round(pad * height)
         if dx or dy:
@@ -304,10 +311,10 @@ class FaceDetector:
         height, width = rgb.shape[:2]
         # A long, thin picture must keep at least one pixel of its short side.
         size = max(1, round(width * scale)), max(1, round(height * scale))
-        bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
         if size != (width, height):
             how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-            bgr = cv2.resize(bgr, size, interpolation=how)
+            rgb = cv2.resize(rgb, size, interpolation=how)
+        bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
         self._net.setInputSize(size)
         found = self._net.detect(bgr)[1]
         if found is None:
@@ -360,6 +367,19 @@ def _face_from_row(row: Points, ratio: Points) -> Face:
     points = (row[4:14].reshape(5, 2) + 0.5) * ratio - 0.5
     box = (float(corner[0]), float(corner[1]), float(extent[0]), float(extent[1]))
     return Face(box=box, points=points, score=float(row[14]))
+
+
+def _reduced(shape: tuple[int, ...], side: int) -> tuple[int, int]:
+    """Width and height of a picture [H, W, 3] whose longer side is made ``side``."""
+    scale = side / max(shape[:2])
+    return max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
+
+
+def _enlarged(face: Face, ratio: Points) -> Face:
+    """A face in pixels of a picture that is ``ratio`` [2] times as wide and high."""
+    x, y, width, height = np.reshape(np.reshape(face.box, (2, 2)) * ratio, 4).tolist()
+    points = (face.points + 0.5) * ratio - 0.5
+    return Face((x, y, width, height), points, face.score)
 
 
 def _moved(face: Face, dx: float, dy: float) -> Face:

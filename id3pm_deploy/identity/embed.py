@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +15,30 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from ..errors import FaceError, InputError
+from ..files import open_plain
 from .alignment import MIN_FACE, FaceDetector, Image, align
 from .embedders import Embedder
 from .vectors import Float32Array, IdentityFile, identity_file
 
 MAX_PIXELS = 100_000_000
+MAX_SCANS = 100
+_BAND = 256  # rows
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+
+
+@contextlib.contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Pillow without its warnings about large pictures, whose limit is ours, and
+    without its log of what is odd in a file; errors still come."""
+    logger = logging.getLogger("PIL")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def read_photo(path: Path) -> Image:
@@ -32,10 +52,10 @@ def read_photo(path: Path) -> Image:
         InputError: It is missing, no picture, damaged or too large.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns about large pictures and odd metadata; the limit is ours.
-            warnings.simplefilter("ignore")
-            with Pillow.open(path, formats=FORMATS) as picture:
+        with quiet_pillow(), open_plain(path, follow=True) as handle:
+            if _scans(handle) > MAX_SCANS:
+                raise _unreadable(path, f"it has more than {MAX_SCANS} scans")
+            with Pillow.open(handle, formats=FORMATS) as picture:
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise _unreadable(path, f"it is {width}x{height} pixels")
@@ -45,9 +65,24 @@ def read_photo(path: Path) -> Image:
             raise
         if isinstance(error, FileNotFoundError):
             raise InputError(f"photo {path} does not exist") from error
-        why = getattr(error, "strerror", None) or str(error).split(" '")[0]
+        why = getattr(error, "strerror", None) or str(error).split(" <")[0]
         raise _unreadable(path, why) from error
-    return np.ascontiguousarray(rgb, dtype=np.uint8)
+    return rgb
+
+
+def _scans(handle: BinaryIO) -> int:
+    """Scans of a JPEG file, 0 of another; the file is rewound.
+
+    A progressive JPEG may have any number of them, some bytes each, and each is work
+    on all pixels.
+    """
+    found, last = 0, handle.read(2)
+    if last == b"\xff\xd8":
+        while chunk := handle.read(1 << 20):
+            found += (last[-1:] + chunk).count(b"\xff\xda")
+            last = chunk
+    handle.seek(0)
+    return found
 
 
 def _unreadable(path: Path, why: str) -> InputError:
@@ -58,17 +93,27 @@ def _unreadable(path: Path, why: str) -> InputError:
     )
 
 
-def _rgb_from_picture(picture: Any) -> npt.NDArray[Any]:
-    """Upright RGB; 16-bit grey is scaled, transparency put on white."""
+def _rgb_from_picture(picture: Any) -> Image:
+    """Upright RGB, made band by band: a large picture is not held several times."""
     picture.load()
-    upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I;16"):
-        return np.stack([np.asarray(upright, dtype=np.uint16) >> 8] * 3, axis=-1)
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        coloured = upright.convert("RGBA")
+    ImageOps.exif_transpose(picture, in_place=True)
+    width, height = picture.size
+    rgb = np.empty((height, width, 3), dtype=np.uint8)
+    for top in range(0, height, _BAND):
+        band = picture.crop((0, top, width, min(top + _BAND, height)))
+        rgb[top : top + _BAND] = _rgb_from_band(band)
+    return rgb
+
+
+def _rgb_from_band(band: Any) -> npt.NDArray[Any]:
+    """RGB; 16-bit grey is scaled, transparency put on white."""
+    if band.mode.startswith("I;16"):
+        return (np.asarray(band, dtype=np.uint16) >> 8)[:, :, None]
+    if band.mode in ("RGBA", "LA", "PA") or "transparency" in band.info:
+        coloured = band.convert("RGBA")
         white = Pillow.new("RGBA", coloured.size, "white")
-        upright = Pillow.alpha_composite(white, coloured)
-    return np.asarray(upright.convert("RGB"))
+        band = Pillow.alpha_composite(white, coloured)
+    return np.asarray(band.convert("RGB"))
 
 
 def embed_images(

@@ -18,7 +18,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import IdentityError, InputError
+from ..backends.graph_check import check_graph
+from ..backends.memory_limit import limit_memory
+from ..errors import EngineError, IdentityError, InputError
+from ..files import open_plain
 from ..optional import require
 from .alignment import ARCFACE_SIZE, packaged_model, quiet_cv2
 from .preprocessing import InputSpec, function_sha256, onnx_options
@@ -319,7 +322,8 @@ def _resized(aligned: Image, size: int) -> Image:
 def _model_bytes(path: Path) -> bytes:
     """The file that is hashed is the file that is loaded: it is read once."""
     try:
-        return path.read_bytes()
+        with open_plain(path, follow=True) as handle:
+            return handle.read()
     except OSError as error:
         raise InputError(
             f"cannot read the FR model {path}", why=error.strerror or str(error)
@@ -335,10 +339,15 @@ def _not_loadable(path: Path, error: Exception) -> IdentityError:
 
 
 def _session(data: bytes, path: Path, threads: int | None) -> Any:
-    """An ONNX Runtime session on the CPU that prints no warnings."""
+    """An ONNX Runtime session on the CPU that prints nothing."""
+    try:
+        check_graph(data, standard_only=False)
+    except EngineError as error:
+        raise _not_loadable(path, ValueError(error.why)) from error
     ort = require("onnxruntime", extra="faces")
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
+    limit_memory(ort, options)
     options.inter_op_num_threads = 1
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -10,7 +10,6 @@ kept in a cache file that only its owner can read (mode 0600).
 from __future__ import annotations
 
 import hashlib
-import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from PIL import Image as Pillow
 from ..errors import FaceError, InputError
 from ..files import atomic_path
 from ..identity.alignment import FaceDetector, align
-from ..identity.embed import FORMATS, MAX_PIXELS, read_photo
+from ..identity.embed import FORMATS, MAX_PIXELS, quiet_pillow, read_photo
 from ..identity.embedders import Embedder
 from ..progress import progress
 
@@ -81,11 +80,9 @@ def check_pictures(paths: Sequence[Path]) -> None:
     bad = []
     for path in paths:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of large pictures and odd metadata
-                with Pillow.open(path, formats=FORMATS) as picture:
-                    width, height = picture.size
-                    picture.verify()
+            with quiet_pillow(), Pillow.open(path, formats=FORMATS) as picture:
+                width, height = picture.size
+                picture.verify()
             if width * height > MAX_PIXELS:
                 raise ValueError(f"it is {width}x{height} pixels")
         except Exception as error:  # Pillow's decoders raise almost anything

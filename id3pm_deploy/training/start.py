@@ -166,19 +166,9 @@ def initial_weights(checkpoint: Path, spec: DiffusionSpec) -> dict[str, Tensor]:
         InputError: It is of another network, FR model, prediction type or schedule.
         CheckpointError: It cannot be read.
     """
-    found = load_spec(checkpoint)
-    names = ("model", "identity", "schedule", "prediction_type")
-    theirs, ours = (
-        {
-            f"{name}.{key}": value
-            for name in names
-            for key, value in _fields(getattr(one, name)).items()
-        }
-        for one in (found, spec)
-    )
-    if ours["identity.model_sha256"] == theirs["identity.model_sha256"] is not None:
-        theirs["identity.model_name"] = ours["identity.model_name"]
-    changed = [key.strip(".") for key in ours if ours[key] != theirs[key]]
+    changed = spec.differences(load_spec(checkpoint))
+    if spec.identity.model_sha256 and "identity.model_sha256" not in changed:
+        changed = [name for name in changed if name != "identity.model_name"]
     if changed:
         raise InputError(
             f"{checkpoint} is another kind of model than this run trains",
@@ -186,7 +176,3 @@ def initial_weights(checkpoint: Path, spec: DiffusionSpec) -> dict[str, Tensor]:
             fix="give the settings it was trained with, or leave out --init",
         )
     return load_checkpoint(checkpoint).network.state_dict()
-
-
-def _fields(part: Any) -> dict[str, Any]:
-    return {"": part} if isinstance(part, str) else asdict(part)
