@@ -48,6 +48,7 @@ lint: $(STAMP) ## ruff: rules and formatting
 .PHONY: types
 types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy --strict
+	$(BIN)/mypy --strict tests/hostile/*.py
 
 .PHONY: format
 format: $(STAMP) ## Rewrite the code as ruff would have it

@@ -25,11 +25,20 @@ COMMANDS = (
     "sample",
     "parity",
     "inspect",
+    "bundle",
+    "doctor",
 )
-HELPS = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+HELPS = [
+    ["--help"],
+    ["--version"],
+    *([name, "--help"] for name in COMMANDS),
+    ["bundle", "verify", "--help"],
+]
 HEAVY = {
     "PIL",
     "accelerate",
+    "cffi",
+    "cryptography",
     "cuda",
     "cv2",
     "diffusers",
