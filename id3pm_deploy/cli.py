@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from typing import Any
 
@@ -52,6 +53,13 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
+    def main(self, *args: Any, **rest: Any) -> Any:
+        """Run the command line; what the terminal has no characters for is escaped."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **rest)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; our own errors become a message and an exit status."""
         try:
@@ -59,6 +67,8 @@ class LazyGroup(click.Group):
         except Id3pmError as error:
             _say(f"error: {error}")
             ctx.exit(error.exit_status)
+        except BrokenPipeError:
+            raise  # the reader has enough, as `head` does; click ends quietly
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
             _say(f"error: cannot use{where}: {error.strerror or error}")

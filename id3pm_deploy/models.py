@@ -5,6 +5,7 @@ Only the tier that is needed is imported: a bundle on a device loads no torch.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,6 +173,7 @@ def _onnxruntime_engine(model: Model, precision: str | None, threads: int) -> En
     graph = bundle_graph(model.bundle, precision)
     engines = model.bundle.manifest.engines
     if not threads:
-        threads = next((e.threads for e in engines if e.graph == graph.file), 0)
+        wanted = next((e.threads for e in engines if e.graph == graph.file), 0)
+        threads = min(wanted, os.cpu_count() or 1)  # it may be of a larger machine
     data = model.bundle.read(graph.file)
     return OnnxRuntimeEngine(data, step_shapes(model.spec), graph.precision, threads)

@@ -15,6 +15,9 @@ from .errors import CheckpointError
 PredictionType = Literal["epsilon", "x0", "v"]
 Normalisation = Literal["raw", "unit", "unit_sqrt_dim"]
 
+MAX_PICTURE = 1 << 22
+"""1024 x 1024 pixels of four channels; a sampler holds a dozen such arrays each."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -69,6 +72,12 @@ class ModelSpec:
                     f"the model's {name} must be from 1 to 16384",
                     why=f"it is {numbers}",
                 )
+        numbers_each = self.image_channels * self.image_size**2
+        if numbers_each > MAX_PICTURE:
+            raise CheckpointError(
+                f"the model's pictures have more than {MAX_PICTURE} numbers each",
+                why=f"{self.image_channels} x {self.image_size} x {self.image_size}",
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise CheckpointError(
                 "the model's dropout must be in [0, 1)", why=f"it is {self.dropout}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from id3pm_deploy.builders.onnx import ExportedGraph
 from id3pm_deploy.builders.recipe import EngineRecipe
 from id3pm_deploy.builders.tensorrt import BuiltPlan
 from id3pm_deploy.bundle import MANIFEST_NAME, GraphEntry, open_bundle
-from id3pm_deploy.errors import BuildError, BundleError, RecipeError
+from id3pm_deploy.errors import BuildError, BundleError, ParityError, RecipeError
 from id3pm_deploy.inspection import self_tests
 from id3pm_deploy.selftest import Arrays, golden_bytes, load_golden
 
@@ -221,6 +222,27 @@ def test_an_engine_without_its_graph_is_explained(bundle_copy: Path) -> None:
     with pytest.raises(BundleError, match="graph that is not listed") as caught:
         self_tests(bundle_copy)
     assert "build-engine" in caught.value.fix
+
+
+def test_a_manifest_cannot_loosen_the_self_test(bundle_copy: Path) -> None:
+    """Golden data that is off by 1e-3 and a manifest that calls this tolerable."""
+
+    def loosen(values: Any) -> None:
+        graph = values["graphs"][0]
+        golden = bundle_copy / graph["golden"]
+        with np.load(golden) as data:
+            arrays = dict(data)
+        arrays["expected.state_next"] *= np.float32(1.001)
+        np.savez(golden, **arrays)
+        content = golden.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        values["files"][graph["golden"]] = {"size": len(content), "sha256": digest}
+        graph["tolerance_step"] = graph["tolerance_trajectory"] = 0.5
+
+    _edit(bundle_copy / MANIFEST_NAME, loosen)
+    with pytest.raises(ParityError, match="does not compute what PyTorch") as caught:
+        self_tests(bundle_copy)
+    assert "tolerance 1e-05" in caught.value.why
 
 
 class _Bytes:

@@ -33,7 +33,10 @@ class SideRequest:
 
 @dataclass(frozen=True)
 class Side:
-    """One side: its model and the engine that runs it, not yet entered."""
+    """One side: its model and the engine that runs it, not yet entered.
+
+    ``threads`` says how many threads of a CPU it takes; empty on other devices.
+    """
 
     model: Model
     engine: Engine
@@ -59,10 +62,8 @@ class Side:
     def facts(self) -> str:
         """Backend, version, precision, device and threads, in a line."""
         info = self.info
-        return (
-            f"{info.backend} {info.version}, {info.precision}, {info.device}, "
-            f"{self.threads}"
-        )
+        ran = (f"{info.backend} {info.version}", info.precision, info.device)
+        return ", ".join(part for part in (*ran, self.threads) if part)
 
     @property
     def tolerances(self) -> Tolerances:
@@ -92,7 +93,7 @@ def open_side(request: SideRequest) -> Side:
         device=request.device,
         trust=request.trust,
     )
-    return Side(model, engine, _threads(engine.info, request.threads))
+    return Side(model, engine, _threads(model, engine.info, request.threads))
 
 
 def open_reference(request: SideRequest, engine: Side) -> Side:
@@ -159,10 +160,16 @@ def pair_tolerances(engine: Side, reference: Side | None) -> Tolerances:
     return found
 
 
-def _threads(info: EngineInfo, asked: int) -> str:
-    if info.backend == "torch" and info.device == "cpu":
+def _threads(model: Model, info: EngineInfo, asked: int) -> str:
+    if info.device.lower() != "cpu":
+        return ""
+    count = asked
+    if info.backend == "torch":
         count = int(require("torch", extra="export").get_num_threads())
-        return f"{count} threads" if count != 1 else "1 thread"
-    if info.device != "CPU" or not asked:
+    elif not asked and model.bundle is not None:
+        engines = model.bundle.manifest.engines
+        graph = bundle_graph(model.bundle, info.precision.split()[0]).file
+        count = next((e.threads for e in engines if e.graph == graph), 0)
+    if not count:
         return "the runtime's choice of threads"
-    return f"{asked} threads" if asked != 1 else "1 thread"
+    return f"{count} threads" if count != 1 else "1 thread"

@@ -54,7 +54,7 @@ def watch_changes(folder: str, log: str, kill_before: int | None) -> None:
         name = os.fsdecode(values[0])
         if os.path.isabs(name) and not name.startswith(folder):
             return
-        os.write(output, f"{event} {os.path.basename(name)}\n".encode())
+        os.write(output, os.fsencode(f"{event} {os.path.basename(name)!r}\n"))
         if count == kill_before:
             os.killpg(0, signal.SIGKILL)
         count += 1
