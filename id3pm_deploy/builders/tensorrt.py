@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from .. import errors
 from ..errors import BuildError, Id3pmError, RecipeError
-from ..files import output_error
+from ..files import hold, output_error, remove
 from ..progress import Tick, progress
 from .recipe import EngineRecipe
 
@@ -34,6 +34,8 @@ _BOOT = (
     "from id3pm_deploy.builders.tensorrt_child import main; main()"
 )
 _TAIL_BYTES = 2000
+_PREFIX = "id3pm-plan-"
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -113,15 +115,52 @@ def build_plan(graph: bytes | Path, recipe: EngineRecipe) -> BuiltPlan:
 
 @contextlib.contextmanager
 def _work_folder() -> Iterator[Path]:
-    """A private temporary folder; the child may remove it before we do."""
-    try:
-        folder = tempfile.TemporaryDirectory(
-            prefix="id3pm-plan-", ignore_cleanup_errors=True
-        )
-    except OSError as error:
-        raise output_error(Path(tempfile.gettempdir()), error) from error
+    """A private temporary folder; the child may remove it before we do.
+
+    Those of builds that were killed are removed first.
+    """
+    place = Path(tempfile.gettempdir())
+    _remove_dead_folders(place)
+    folder, descriptor = _held_folder(place)
     with folder as name:
-        yield Path(name)
+        try:
+            yield Path(name)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def _held_folder(place: Path) -> tuple[tempfile.TemporaryDirectory[str], int | None]:
+    """A new folder and its lock; None where the file system has no locks.
+
+    Between the two, another build may take the folder for a dead one.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            folder = tempfile.TemporaryDirectory(
+                prefix=_PREFIX, ignore_cleanup_errors=True
+            )
+        except OSError as error:
+            raise output_error(place, error) from error
+        descriptor = hold(Path(folder.name))
+        there = os.path.isdir(folder.name)
+        if there and (descriptor is not None or attempt + 1 == _ATTEMPTS):
+            return folder, descriptor
+        if descriptor is not None:
+            os.close(descriptor)
+        folder.cleanup()
+    raise BuildError(
+        f"temporary folders in {place} vanish", fix="set TMPDIR to another"
+    )
+
+
+def _remove_dead_folders(place: Path) -> None:
+    with contextlib.suppress(OSError):
+        for path in place.glob(f"{_PREFIX}*"):
+            descriptor = hold(path) if path.lstat().st_uid == os.geteuid() else None
+            if descriptor is not None:
+                remove(path)
+                os.close(descriptor)
 
 
 def _graph_path(graph: bytes | Path, work: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sandbox import BUILD, DEVICE, ForkServer, Sandbox, check_done
 
@@ -46,3 +47,11 @@ def device(device_server: ForkServer, tmp_path: Path) -> Sandbox:
 def build(build_server: ForkServer, tmp_path: Path) -> Sandbox:
     """A sandbox for commands that need torch."""
     return Sandbox(build_server, tmp_path)
+
+
+@pytest.fixture
+def secret(device: Sandbox) -> Sandbox:
+    """A sandbox with a file in the working folder, and a link to one outside it."""
+    (device.work / "secret.bin").write_bytes(np.ones(32, np.float32).tobytes())
+    (device.work / "link.bin").symlink_to("/etc/passwd")
+    return device

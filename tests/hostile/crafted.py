@@ -128,6 +128,11 @@ class Zip:
             self.add(name, data)
         return self
 
+    def repeat_last(self, times: int) -> Zip:
+        """List the last member so many times more."""
+        self._central += self._central[-1:] * times
+        return self
+
     def bytes(self) -> bytes:
         """The archive."""
         central = b"".join(self._central)

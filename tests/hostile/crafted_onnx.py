@@ -121,3 +121,16 @@ def write_bundle(
     writer.add_engine(new_engine("cpu", file))
     writer.commit()
     return folder
+
+
+def elsewhere(place: str, **more: str) -> ModelProto:
+    """A step graph that takes a weight from another file and adds it to x0."""
+    node = helper.make_node("Add", ["first", "weight"], ["more"])
+    model = step_model(node, x0="more")
+    weight = model.graph.initializer.add()
+    weight.name, weight.data_type = "weight", TensorProto.FLOAT
+    weight.dims.extend([16])
+    weight.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": place, **more}.items():
+        weight.external_data.add(key=key, value=value)
+    return model

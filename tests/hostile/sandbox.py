@@ -107,6 +107,7 @@ class Sandbox:
         limits: Changes of the default limits: ``memory``, ``file_size``; None is none.
         path: Folders in front of the module search path.
         before: ``module:function`` to call in the child before the command.
+        variables: More variables of its environment.
     """
 
     server: ForkServer
@@ -114,6 +115,7 @@ class Sandbox:
     limits: dict[str, int | None] = field(default_factory=dict)
     path: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
+    variables: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("home", "temporary", "work", "log"):
@@ -152,7 +154,7 @@ class Sandbox:
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG")}
         own = {"HOME": str(self.root / "home"), "TMPDIR": str(self.root / "temporary")}
         single = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-        return {**kept, **own, **single, "PYTHONPATH": str(ROOT)}
+        return {**kept, **own, **single, "PYTHONPATH": str(ROOT), **self.variables}
 
     def finish(self, seconds: float = SECONDS) -> Finished:
         """Wait for the command that was begun last."""

@@ -21,23 +21,13 @@ import pytest
 from canary import DIM, FOLDER, MODEL, PHOTO, traces, vector
 from crafted import config, png, png_chunk
 from crafted_onnx import step_model, write_bundle
+from faces import photo
 from onnx import helper
 from sandbox import Finished, Sandbox, check_done
 
 from id3pm_deploy.spec import IdentitySpec
 
 IDENTITY = IdentitySpec(DIM, MODEL, None)
-
-
-def photo() -> Path:
-    """A photo of a person who does not exist, or a skipped test."""
-    from id3pm_deploy.demo import synthetic_photo
-    from id3pm_deploy.errors import MissingPackageError
-
-    try:
-        return synthetic_photo()
-    except MissingPackageError as error:
-        pytest.skip(error.what)
 
 
 def npz() -> bytes:
@@ -85,7 +75,7 @@ PLANTED: dict[str, bytes] = {
         + base64.b64encode(packed_text(PHOTO.encode()))
         + b'">'
     ),
-    "photo": f"/home/x/{PHOTO}.jpg".encode(),
+    "photo": f"photos/{PHOTO}.jpg".encode(),
     "folder": FOLDER.encode("utf-16-le"),
 }
 

@@ -13,21 +13,11 @@ import pytest
 from bundles import GOLDEN
 from crafted_onnx import step_model, write_bundle
 from disks import Disk, small_disk
+from faces import photo
 from sandbox import Finished, Sandbox, check_done
 
 LEAVES = (0, 1, 3, 8, 20)
 """Free pages of 4 KiB, so that writing stops at different places."""
-
-
-def photo() -> Path:
-    """A photo of a person who does not exist, or a skipped test."""
-    from id3pm_deploy.demo import synthetic_photo
-    from id3pm_deploy.errors import MissingPackageError
-
-    try:
-        return synthetic_photo()
-    except MissingPackageError as error:
-        pytest.skip(error.what)
 
 
 @dataclass(frozen=True)
@@ -40,8 +30,8 @@ class Writer:
         earlier: Commands that make an older result first.
         options: Added to ``command`` where there is an older result.
         build: Whether it needs torch.
-        whole: What may be new in the work folder after a failure: a run is resumed
-            from it, and each of these is complete.
+        whole: What may be new after a failure: folders, and files that are complete
+            and from which a run is resumed.
     """
 
     command: str
@@ -57,6 +47,10 @@ TRAIN = (
     "train faces --out disk/run --image-size 8 --base-channels 32 --residual-blocks 1 "
     "--channel-multipliers 1 --attention-resolutions 8 --num-head-channels 32 "
     "--batch-size 1 --save-every 1 --sheet-every 1 --model makers:colour --steps"
+)
+WORK = "run.training"
+RESUMED = tuple(
+    f"{WORK}/{name}" for name in ("settings.json", "log.jsonl", "state.safetensors")
 )
 WRITERS = {
     "embed": Writer("embed face.jpg --out disk/who.npz", "face"),
@@ -109,19 +103,24 @@ WRITERS = {
         "key",
         ("bundle unpack b.tar disk/b", "bundle sign disk/b --key other-key"),
     ),
+    "trust": Writer(
+        "bundle trust key.pub",
+        "key",
+        whole=("id3pm-deploy", "id3pm-deploy/trusted-keys"),
+    ),
     "migrate": Writer("bundle migrate disk/v1", "v1"),
     "train": Writer(
         f"{TRAIN} 1",
         "faces",
         build=True,
-        whole=("", "faces.npz", "settings.json", "log.jsonl", "state.safetensors"),
+        whole=(WORK, f"{WORK}/faces.npz", *RESUMED),
     ),
     "train on": Writer(
         f"{TRAIN} 2 --resume",
         "faces",
         (f"{TRAIN} 1",),
         build=True,
-        whole=("settings.json", "log.jsonl", "state.safetensors"),
+        whole=RESUMED,
     ),
 }
 
@@ -129,6 +128,7 @@ WRITERS = {
 def put(sandbox: Sandbox, disk: Disk, inputs: str, weights: Path | None) -> None:
     """Put what a writer needs into the working folder, or onto the disk."""
     (sandbox.work / "disk").symlink_to(disk.path)
+    sandbox.variables["XDG_CONFIG_HOME"] = str(disk.path)
     for name in inputs.split():
         _PUT[name](sandbox, disk)
     if weights is not None:
@@ -243,14 +243,11 @@ def check_intact(
 ) -> None:
     """Fail unless everything is what it was but for locks and what is ``whole``."""
     now = disk.contents()
-    allowed = {f"run.training/{name}".rstrip("/") for name in whole}
     changed = {
         name for name in {*now, *before} if now.get(name, "") != before.get(name, "")
     }
-    assert {name for name in changed if Path(name).name != ".lock"} <= allowed
-    for name in changed & {
-        f"run.training/{one}" for one in ("settings.json", "log.jsonl")
-    }:
+    assert {name for name in changed if Path(name).name != ".lock"} <= set(whole)
+    for name in changed & {f"{WORK}/settings.json", f"{WORK}/log.jsonl"}:
         text = (now[name] or b"").decode()
         for part in text.splitlines() if name.endswith("l") else [text]:
             json.loads(part)

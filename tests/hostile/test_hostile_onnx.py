@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from crafted_onnx import (
     PICTURE,
     SLOTS,
     WIDTH,
-    golden_npz,
+    elsewhere,
     step_model,
     write_bundle,
 )
@@ -40,19 +39,6 @@ def with_weights(
     weight.dims.extend(dims)
     for name, value in fields.items():
         setattr(weight, name, value)
-    return model
-
-
-def elsewhere(place: str, **more: str) -> ModelProto:
-    """A step graph that takes a weight from another file and adds it to x0."""
-    node = helper.make_node("Add", ["first", "weight"], ["more"])
-    model = step_model(node, x0="more")
-    weight = model.graph.initializer.add()
-    weight.name, weight.data_type = "weight", FLOAT
-    weight.dims.extend([16])
-    weight.data_location = TensorProto.EXTERNAL
-    for key, value in {"location": place, **more}.items():
-        weight.external_data.add(key=key, value=value)
     return model
 
 
@@ -205,14 +191,6 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto | bytes], str]] = {
     ),
     "25,000 nodes": (lambda: long_chain(25_000), "more than 20000 nodes"),
 }
-
-
-@pytest.fixture
-def secret(device: Sandbox) -> Sandbox:
-    """A sandbox with a file in the working folder, and a link to one outside it."""
-    (device.work / "secret.bin").write_bytes(np.ones(32, np.float32).tobytes())
-    (device.work / "link.bin").symlink_to("/etc/passwd")
-    return device
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -420,115 +398,3 @@ def test_a_valid_graph_of_the_same_making(secret: Sandbox) -> None:
     assert (secret.work / "out" / "sample-00000.png").is_file()
     chain = write_bundle(secret.work / "c", long_chain(5_000))
     check_done(secret.run("inspect", chain, "--self-test"))
-
-
-# Golden data
-
-GOLDEN: dict[str, Callable[[], bytes]] = {
-    "a million samples": lambda: golden_npz(mix=np.zeros((2, 1_000_000, 1))),
-    "no rows": lambda: golden_npz(row=np.zeros(0, np.int32)),
-    "rows of nobody": lambda: golden_npz(row=np.array([7, -1], np.int32)),
-    "rows in float32": lambda: golden_npz(row=np.zeros(2, np.float32)),
-    "objects": lambda: golden_npz(step=np.array([{}], dtype=object)),
-    "not a number": lambda: golden_npz(
-        expected__state_next=np.full((4, 2, 3, 16, 16), np.nan, np.float32)
-    ),
-    "other numbers": lambda: golden_npz(
-        expected__state_next=np.ones((4, 2, 3, 16, 16), np.float32)
-    ),
-    "pictures of another size": lambda: golden_npz(
-        state=np.zeros((4, 2, 3, 8, 8), np.float32),
-        noise=np.zeros((2, 3, 8, 8), np.float32),
-        expected__state_next=np.zeros((4, 2, 3, 8, 8), np.float32),
-        expected__x0=np.zeros((2, 3, 8, 8), np.float32),
-    ),
-    "cut": lambda: golden_npz()[:2000],
-    "nothing": lambda: b"",
-}
-
-
-@pytest.mark.parametrize("case", GOLDEN)
-def test_golden_data_that_lies(device: Sandbox, case: str) -> None:
-    bundle = write_bundle(device.work / "b", step_model(), GOLDEN[case]())
-    before = device.files()
-    found = device.run("inspect", bundle, "--self-test")
-    check_refused(found, peak=GIGABYTE // 4, seconds=5)
-    assert found.stdout == ""
-    assert device.files() == before
-
-
-def test_golden_data_that_unpacks_to_a_gigabyte(device: Sandbox) -> None:
-    from crafted import Zip, deflated_zeros, npy, npy_header, npy_of
-    from crafted_onnx import golden_arrays
-
-    size = 1000 << 20
-    head = npy(npy_header("'<f4'", f"({size // 4},)"))
-    archive = Zip()
-    for name, array in golden_arrays().items():
-        if name != "noise":
-            archive.add(f"{name}.npy", npy_of(array))
-    packed = deflated_zeros(size, head)
-    archive.add("noise.npy", b"", deflate=True, packed=packed, size=size + len(head))
-    data = archive.bytes()
-    assert len(data) < 2_000_000
-    bundle = write_bundle(device.work / "b", step_model(), data)
-    found = device.run("inspect", bundle, "--self-test")
-    check_refused(found, "golden data", peak=GIGABYTE // 4, seconds=5)
-
-
-# FR models
-
-
-def fr_model(*, dim: int = 8, secret: bool = False) -> ModelProto:
-    """An FR model of two nodes; ``dim`` past 8 asks for as many numbers."""
-    weight = helper.make_tensor("w", FLOAT, [8], np.ones(8, np.float32))
-    if secret:
-        weight = elsewhere("secret.bin").graph.initializer[-1]
-        weight.name = "w"
-    size = helper.make_tensor("size", TensorProto.INT64, [1], [dim])
-    graph = helper.make_graph(
-        [
-            helper.make_node("ReduceMean", ["data"], ["mean"], keepdims=0),
-            helper.make_node("Mul", ["mean", "w"], ["few"]),
-            helper.make_node("ConstantOfShape", ["size"], ["zeros"]),
-            helper.make_node("Concat", ["few", "zeros"], ["all"], axis=0),
-        ],
-        "fr",
-        [helper.make_tensor_value_info("data", FLOAT, [1, 3, 112, 112])],
-        [helper.make_tensor_value_info("all", FLOAT, None)],
-        [weight, size],
-    )
-    opset = [helper.make_opsetid("", 17)]
-    return helper.make_model(graph, opset_imports=opset, ir_version=8)
-
-
-def photo() -> Path:
-    """A photo of a person who does not exist, or a skipped test."""
-    from id3pm_deploy.demo import synthetic_photo
-    from id3pm_deploy.errors import MissingPackageError
-
-    try:
-        return synthetic_photo()
-    except MissingPackageError as error:
-        pytest.skip(error.what)
-
-
-@pytest.mark.parametrize("case", ["weights elsewhere", "terabytes", "noise"])
-def test_an_fr_model_that_lies(secret: Sandbox, case: str) -> None:
-    path = secret.work / "fr.onnx"
-    if case == "weights elsewhere":
-        path.write_bytes(fr_model(secret=True).SerializeToString())
-    elif case == "terabytes":
-        path.write_bytes(fr_model(dim=1 << 40).SerializeToString())
-    else:
-        path.write_bytes(b"\xff" * 1000)
-    arguments = ("embed", photo(), "--out", "who.npz", "--model", f"onnx:{path}")
-    check_refused(secret.run(*arguments), "fr", seconds=10)
-    assert not (secret.work / "who.npz").exists()
-
-
-def test_a_valid_fr_model_of_the_same_making(secret: Sandbox) -> None:
-    path = secret.work / "fr.onnx"
-    path.write_bytes(fr_model().SerializeToString())
-    arguments = ("embed", photo(), "--out", "who.npz", "--model", f"onnx:{path}")
-    check_done(secret.run(*arguments))

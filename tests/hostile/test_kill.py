@@ -212,7 +212,6 @@ def test_build_engine(device: Sandbox) -> None:
         assert [one.target for one in open_bundle(folder).manifest.engines] == ["cpu"]
 
 
-@pytest.mark.slow
 def test_build_engine_at_any_moment(device: Sandbox) -> None:
     folder = write_bundle(device.work / "b", step_model())
     check = bundle_check(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,23 @@ def test_what_must_not_be_replaced_is_not(tmp_path: Path) -> None:
         (folder / "new").write_bytes(b"new")
     assert names(target) == ["old"]
     assert names(tmp_path) == ["out"]
+
+
+def test_folders_of_killed_plan_builds_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from id3pm_deploy.builders.tensorrt import _work_folder
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead, foreign = tmp_path / "id3pm-plan-dead", tmp_path / "id3pm-else"
+    for path in (dead, foreign):
+        path.mkdir()
+        (path / "graph.onnx").write_bytes(b"x")
+    with _work_folder() as first, _work_folder() as second:
+        (first / "a").touch()
+        (second / "b").touch()
+        assert not dead.exists()
+        with _work_folder():
+            assert (first / "a").exists()
+            assert (second / "b").exists()
+    assert names(tmp_path) == ["id3pm-else"]
