@@ -91,22 +91,24 @@ def kill_before_every_change(
 
 def kill_at_moments(
     sandbox: Sandbox, check: Callable[[], None], *arguments: object
-) -> int:
+) -> None:
     """Kill a command at moments that are spread over its CPU time; nothing is reset.
 
-    Returns:
-        How many kills hit it.
+    A kill that came too late is tried again: all of them have to hit.
     """
     whole = sandbox.run(*arguments)
     check_done(whole)
-    hits = 0
     for number in range(MOMENTS):
         share = (number + 0.5) / MOMENTS
-        hits += killed_after(sandbox, whole.cpu * share, *arguments)
-        check()
+        for _ in range(5):
+            hit = killed_after(sandbox, whole.cpu * share, *arguments)
+            check()
+            if hit:
+                break
+            share *= 0.9
+        assert hit
     check_done(sandbox.run(*arguments))
     check()
-    return hits
 
 
 # sample
@@ -171,9 +173,8 @@ def test_sample_at_any_moment(device: Sandbox) -> None:
     write_bundle(device.work / "b", step_model())
     out = device.work / "out"
     arguments = (*SAMPLE, "--steps", "400", "--count", "12", "--force")
-    hits = kill_at_moments(device, lambda: None, *arguments)
+    kill_at_moments(device, lambda: None, *arguments)
     assert check_pictures(out) == 12
-    assert hits >= MOMENTS - 1
     assert not [name for name in device.files() if "/." in name and "lock" not in name]
 
 
@@ -215,7 +216,7 @@ def test_build_engine(device: Sandbox) -> None:
 def test_build_engine_at_any_moment(device: Sandbox) -> None:
     folder = write_bundle(device.work / "b", step_model())
     check = bundle_check(folder)
-    assert kill_at_moments(device, check, "build-engine", "b") >= MOMENTS - 1
+    kill_at_moments(device, check, "build-engine", "b")
     assert not list(folder.glob(".*.tmp"))
 
 
@@ -275,8 +276,7 @@ def test_export_at_any_moment(build: Sandbox, tiny_weights: Path) -> None:
     build.limits["memory"] = None
     folder = build.work / "b"
     arguments = ("export", "model", "--out", "b", "--graph", "unet")
-    hits = kill_at_moments(build, bundle_check(folder), *arguments)
-    assert hits >= MOMENTS - 1
+    kill_at_moments(build, bundle_check(folder), *arguments)
     left = [name for name in own_files(build) if not name.startswith("work/")]
     assert left == []
     assert not list(folder.glob(".*.tmp"))
