@@ -55,7 +55,8 @@ def limit_memory(runtime: Any, options: Any) -> None:
         runtime.OrtMemType.DEFAULT,
     )
     # The other settings are ONNX Runtime's own. Registering again replaces the limit
-    # for the sessions to come.
+    # for the sessions to come; older releases refuse and keep the first one.
     limit = runtime.OrtArenaCfg({"max_mem": max(int(free * SHARE), 1)})
-    runtime.create_and_register_allocator(place, limit)
+    with contextlib.suppress(RuntimeError):
+        runtime.create_and_register_allocator(place, limit)
     options.add_session_config_entry("session.use_env_allocators", "1")
