@@ -14,13 +14,12 @@ from id3pm_deploy.builders.onnx import ExportRecipe, export_graph, step_inputs
 from id3pm_deploy.errors import ParityError
 from id3pm_deploy.recipes import load_recipe
 from id3pm_deploy.reference.unet import IdentityUNet
-from id3pm_deploy.solvers import NO_CLIP
+from id3pm_deploy.solvers import CLIP_COLUMN, NO_CLIP
 from id3pm_deploy.spec import DiffusionSpec
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 _FOLDER = Path(__file__).resolve().parent / "models"
-_CLIP_COLUMN = 4
 _LEAST_SPREAD = 1e-3
 
 
@@ -71,7 +70,7 @@ def inputs(spec: DiffusionSpec, samples: int, unet_rows: int, seed: int = 0) -> 
     clamp of x0, which could hide an error."""
     made = step_inputs(spec, samples, unet_rows, seed)
     made["step"] = made["step"].copy()
-    made["step"][:, _CLIP_COLUMN] = NO_CLIP
+    made["step"][:, CLIP_COLUMN] = NO_CLIP
     return made
 
 

@@ -20,7 +20,7 @@ from id3pm_deploy.errors import BuildError, InputError, ParityError, RecipeError
 from id3pm_deploy.reference.checkpoint import load_checkpoint
 from id3pm_deploy.reference.step import step_module
 from id3pm_deploy.reference.unet import IdentityUNet
-from id3pm_deploy.solvers import RESCALE_COLUMN
+from id3pm_deploy.solvers import CLIP_COLUMN, RESCALE_COLUMN
 
 UNTRACED = [(1, 1), (1, 2), (3, 3), (4, 8), (7, 5)]
 
@@ -151,6 +151,21 @@ def test_both_head_modes_and_fixed_variance_export(mode: dict[str, int]) -> None
     exported = export_graph(tiny_network(spec), spec, recipe)
     assert 0 < exported.worst_error <= recipe.tolerance_step
     assert exported.nodes > 100
+
+
+@pytest.mark.slow
+def test_large_predictions_under_a_small_clip_export() -> None:
+    """x0 of an ε model is thousands of times its clip on the first table row; the
+    rounding of the one is no error of the other."""
+    spec = tiny_spec(prediction_type="epsilon", schedule="cosine")
+    network = tiny_network(spec)
+    with torch.no_grad():
+        network.unet.conv_out.weight.mul_(30)
+    exported = export_graph(network, spec, ExportRecipe("test"))
+    assert exported.worst_error <= 1e-5
+    clip, x0 = exported.golden["step"][:, CLIP_COLUMN], exported.golden["expected.x0"]
+    assert np.abs(x0).max(axis=(1, 2, 3)) == pytest.approx(clip, rel=1e-6)
+    assert (np.abs(x0).min(axis=(1, 2, 3)) < clip / 2).all(), "not all is clamped"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ x_t = √ᾱ_t·x_0 + √(1-ᾱ_t)·ε.
 """
 
 from .layout import (
+    CLIP_COLUMN,
     NO_CLIP,
     NOISE_COLUMN,
     RESCALE_COLUMN,
@@ -35,6 +36,7 @@ from .timesteps import (
 )
 
 __all__ = [
+    "CLIP_COLUMN",
     "NOISE_COLUMN",
     "NO_CLIP",
     "RESCALE_COLUMN",

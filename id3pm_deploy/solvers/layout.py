@@ -14,6 +14,7 @@ STATE_SLOTS = 4
 
 _HEAD = ("t", "c_in", "c_x", "c_p", "clip", "min_log", "max_log")
 STEP_HEAD = len(_HEAD)
+CLIP_COLUMN = _HEAD.index("clip")
 RESCALE_COLUMN = STEP_HEAD + STATE_SLOTS * (STATE_SLOTS + 2)
 STEP_WIDTH = RESCALE_COLUMN + 1
 """S: numbers in a table row. New columns come last and are neutral at 0, so that a
