@@ -10,7 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from id3pm_deploy.builders.onnx import ExportRecipe, export_graph, step_inputs
+from id3pm_deploy.builders.export_recipe import ExportRecipe
+from id3pm_deploy.builders.graph_inputs import step_inputs
+from id3pm_deploy.builders.onnx import export_graph
 from id3pm_deploy.errors import ParityError
 from id3pm_deploy.recipes import load_recipe
 from id3pm_deploy.reference.unet import IdentityUNet

@@ -34,6 +34,7 @@ from random_model import (
 
 from id3pm_deploy.backends.base import step_shapes
 from id3pm_deploy.backends.onnxruntime import OnnxRuntimeEngine
+from id3pm_deploy.body_form import BodyForm
 from id3pm_deploy.errors import EngineError, MissingPackageError, first_line
 from id3pm_deploy.guidance import GuidanceTable
 from id3pm_deploy.optional import require
@@ -204,7 +205,7 @@ def make_subject(
     network = random_network(spec, seed)
     graph = exported(network, spec, "float32")
     given = inputs(spec, samples, unet_rows, seed)
-    module = step_module(network, "float32")
+    module = step_module(network, BodyForm())
     subject = Subject(spec, module, graph, given, threads)
     with torch.no_grad():
         made = module(*subject.tensors)

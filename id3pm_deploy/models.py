@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 from .backends.base import Engine, step_shapes
+from .body_form import BodyForm, Precision
 from .bundle import Bundle, GraphEntry, is_bundle, open_bundle
 from .checkpoint_config import is_checkpoint, load_spec, weights_sha256
 from .defaults import BACKENDS
@@ -131,13 +133,14 @@ def _torch_engine(model: Model, precision: str, threads: int, device: str) -> En
     from .backends.torch import TorchEngine
     from .reference.checkpoint import load_checkpoint
 
-    if precision not in ("float32", "float16"):
+    if precision not in get_args(Precision):
         raise InputError(f"the torch backend has no precision {precision!r}")
+    form = BodyForm(cast(Precision, precision))
     if threads:
         torch.set_num_threads(threads)
     checkpoint = load_checkpoint(model.path)
     shapes = step_shapes(model.spec)
-    return TorchEngine(checkpoint.network, shapes, precision, device)  # type: ignore[arg-type]
+    return TorchEngine(checkpoint.network, shapes, form, device)
 
 
 def bundle_graph(bundle: Bundle, precision: str | None) -> GraphEntry:

@@ -25,7 +25,8 @@ class ModelSpec:
 
     Exactly one of ``num_heads`` (the same number of heads at every level) and
     ``num_head_channels`` (channels of one head) is set: both give the same tensor
-    shapes and different functions.
+    shapes and different functions. A model with a ``low_res_size`` is for
+    super-resolution: beside the noisy picture it sees one of that size, enlarged.
     """
 
     image_size: int
@@ -41,6 +42,7 @@ class ModelSpec:
     dropout: float = 0.0
     norm_groups: int = 32
     image_channels: int = 3
+    low_res_size: int | None = None
 
     def __post_init__(self) -> None:
         if (self.num_heads is None) == (self.num_head_channels is None):
@@ -78,6 +80,12 @@ class ModelSpec:
                 f"the model's pictures have more than {MAX_PICTURE} numbers each",
                 why=f"{self.image_channels} x {self.image_size} x {self.image_size}",
             )
+        small = 1 if self.low_res_size is None else self.low_res_size
+        if not 1 <= small <= self.image_size:
+            raise CheckpointError(
+                "the model's low_res_size must be from 1 to its image_size",
+                why=f"it is {small}, the image_size {self.image_size}",
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise CheckpointError(
                 "the model's dropout must be in [0, 1)", why=f"it is {self.dropout}"
@@ -104,12 +112,10 @@ class ModelSpec:
                 )
 
     def _check_embedding(self) -> None:
-        """The embedding is as wide as level 0, and half cosines, half sines."""
-        if self.channel_multipliers[0] != 1 or self.base_channels % 2:
+        """Half of the timestep embedding are cosines, the other half sines."""
+        if self.base_channels % 2:
             raise CheckpointError(
-                "the first channel multiplier must be 1, of an even base_channels",
-                why=f"they are {self.channel_multipliers[0]} and {self.base_channels}",
-                fix="multiply base_channels and divide the multipliers by the first",
+                "base_channels must be even", why=f"it is {self.base_channels}"
             )
 
     def attends(self, level: int) -> bool:
@@ -148,7 +154,8 @@ class ScheduleSpec:
 class IdentitySpec:
     """Which FR model's vectors condition the model, and how they are scaled.
 
-    ``model_sha256`` is null where the FR model was a Python callable.
+    ``model_sha256`` is null where the FR model was a Python callable. A ``dim`` of 0 is
+    a model without identity: it has no projection, its step graph no such input.
     """
 
     dim: int
@@ -157,11 +164,14 @@ class IdentitySpec:
     normalisation: Normalisation = "unit_sqrt_dim"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.dim <= 65536:
+        if not 0 <= self.dim <= 65536:
             raise CheckpointError(
-                "the identity dimension must be from 1 to 65536",
+                "the identity dimension must be from 0 to 65536",
                 why=f"it is {self.dim}",
             )
+
+
+NO_IDENTITY = IdentitySpec(0, "", None, "raw")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,11 @@ import torch
 from models import tiny_network, tiny_spec
 
 from id3pm_deploy.backends.onnxruntime import make_session
+from id3pm_deploy.body_form import BodyForm
 from id3pm_deploy.builders.build import build_engine, export_bundle, export_unet
-from id3pm_deploy.builders.onnx import ExportRecipe, export_graph, step_inputs
+from id3pm_deploy.builders.export_recipe import ExportRecipe
+from id3pm_deploy.builders.graph_inputs import step_inputs
+from id3pm_deploy.builders.onnx import export_graph
 from id3pm_deploy.bundle import open_bundle
 from id3pm_deploy.compare import compare
 from id3pm_deploy.errors import BuildError, InputError, ParityError, RecipeError
@@ -40,7 +43,7 @@ def test_float32_graph_at_sizes_that_were_not_traced(
     inputs = step_inputs(loaded.spec, *size, seed=99)
     session = make_session(_graph_bytes(tiny_bundle, "step", "float32"), 1)
     made = session.run(None, inputs)
-    module = step_module(loaded.network, "float32")
+    module = step_module(loaded.network, BodyForm())
     with torch.inference_mode():
         wanted = module(*(torch.from_numpy(v) for v in inputs.values()))
     for actual, expected in zip(made, wanted, strict=True):

@@ -16,6 +16,7 @@ from models import random_identity, tiny_network, tiny_spec
 
 from id3pm_deploy.backends.base import Engine, step_shapes
 from id3pm_deploy.backends.torch import TorchEngine
+from id3pm_deploy.body_form import BodyForm, Precision
 from id3pm_deploy.compare import compare
 from id3pm_deploy.defaults import GUIDANCE_SCHEDULES, SOLVERS
 from id3pm_deploy.errors import EngineError, InputError, ParityError
@@ -73,8 +74,8 @@ def job(
     )
 
 
-def engine_of(network: IdentityUNet, precision: Any = "float32") -> TorchEngine:
-    return TorchEngine(network, step_shapes(SPEC), precision)
+def engine_of(network: IdentityUNet, precision: Precision = "float32") -> TorchEngine:
+    return TorchEngine(network, step_shapes(SPEC), BodyForm(precision))
 
 
 def compared(

@@ -12,9 +12,11 @@ import torch
 from models import random_identity, tiny_model, tiny_network, tiny_spec
 from torch import Tensor, nn
 
+from id3pm_deploy.body_form import BodyForm
 from id3pm_deploy.guidance import guidance_table
 from id3pm_deploy.noise import batch_normals
-from id3pm_deploy.reference.step import StepModule, StepOutputs, half_body, step_module
+from id3pm_deploy.reference.precision import body_in
+from id3pm_deploy.reference.step import StepModule, StepOutputs, step_module
 from id3pm_deploy.reference.unet import IdentityUNet
 from id3pm_deploy.solvers import (
     NO_CLIP,
@@ -316,7 +318,7 @@ class TestHalf:
     """The float16 body: what stays in float32, and how near the result is."""
 
     def test_which_parts_are_half(self, network: IdentityUNet) -> None:
-        half = half_body(network)
+        half = body_in(network, BodyForm("float16"))
         unet: Any = half.unet
         x = torch.randn(2, C, 16, 16)
         arguments = (x, torch.tensor([3.0, 900.0]), torch.randn(2, 16))
@@ -338,7 +340,7 @@ class TestHalf:
 
     def test_the_original_is_left_alone(self, network: IdentityUNet) -> None:
         before = {name: t.clone() for name, t in network.state_dict().items()}
-        step_module(network, "float16")
+        step_module(network, BodyForm("float16"))
         after = network.state_dict()
         assert list(after) == list(before)
         for name, tensor in before.items():
@@ -349,8 +351,8 @@ class TestHalf:
         inputs = network_inputs()
         tensors = [torch.from_numpy(inputs[name]) for name in ORDER]
         with torch.inference_mode():
-            full = step_module(network, "float32")(*tensors)
-            half = step_module(network, "float16")(*tensors)
+            full = step_module(network, BodyForm("float32"))(*tensors)
+            half = step_module(network, BodyForm("float16"))(*tensors)
         for ours, expected in zip(half[:2], full[:2], strict=True):
             error = (ours - expected).abs().max() / expected.abs().max()
             # Above 0: it really ran in half precision.
@@ -363,8 +365,8 @@ class TestHalf:
         inputs["state"][0, 1] *= 1e6
         tensors = [torch.from_numpy(inputs[name]) for name in ORDER]
         with torch.inference_mode():
-            full = step_module(network, "float32")(*tensors)
-            half = step_module(network, "float16")(*tensors)
+            full = step_module(network, BodyForm("float32"))(*tensors)
+            half = step_module(network, BodyForm("float16"))(*tensors)
         assert full.finite.tolist() == [1.0] * 6
         assert half.finite.tolist() == [1, 0, 1, 1, 0, 1]
         assert torch.isfinite(half.state).all()
@@ -373,6 +375,6 @@ class TestHalf:
 def test_the_module_is_in_evaluation_mode() -> None:
     spec = tiny_spec(dropout=0.5)
     network = tiny_network(spec).train()
-    assert not step_module(network, "float16").training
+    assert not step_module(network, BodyForm("float16")).training
     model = dataclasses.replace(spec.model, dropout=0.0)
-    assert not step_module(IdentityUNet(model, 16), "float32").training
+    assert not step_module(IdentityUNet(model, 16), BodyForm("float32")).training

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from id3pm_deploy.builders.onnx import ExportRecipe
+from id3pm_deploy.builders.export_recipe import ExportRecipe
 from id3pm_deploy.errors import InputError, RecipeError
 from id3pm_deploy.recipes import load_recipe, recipe_names
 from id3pm_deploy.tolerances import CEILINGS, ORACLE, Tolerances, tightened

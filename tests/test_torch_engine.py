@@ -13,6 +13,7 @@ from models import random_identity, tiny_network, tiny_spec
 
 from id3pm_deploy.backends.base import EngineInfo, StepShapes, step_shapes
 from id3pm_deploy.backends.torch import TorchEngine
+from id3pm_deploy.body_form import BodyForm
 from id3pm_deploy.errors import EngineError
 from id3pm_deploy.guidance import GuidanceSettings, GuidanceTable, guidance_table
 from id3pm_deploy.sampler import SampleJob, SeededNoise, run_trajectory
@@ -223,7 +224,7 @@ def test_a_device_that_is_not_there() -> None:
 
 def test_what_an_engine_says_of_itself() -> None:
     network = tiny_network(SPEC)
-    with TorchEngine(network, SHAPES, "float16") as half:
+    with TorchEngine(network, SHAPES, BodyForm("float16")) as half:
         assert half.info == EngineInfo("torch", torch.__version__, "float16", "cpu")
         assert half.shapes == StepShapes(3, 16, 16)
         half.begin(X_T, GUIDANCE)

@@ -23,7 +23,7 @@ from id3pm_deploy.reference.unet import (
     embedding_frequencies,
     sinusoidal_embedding,
 )
-from id3pm_deploy.spec import DiffusionSpec, ModelSpec
+from id3pm_deploy.spec import NO_IDENTITY, DiffusionSpec, ModelSpec
 
 
 def inputs(spec: DiffusionSpec, rows: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,6 +248,40 @@ def test_rows_do_not_see_each_other() -> None:
             assert (together[own] - alone).abs().max() < 1e-5
 
 
+def test_the_first_multiplier_widens_all_but_the_sinusoids() -> None:
+    spec = tiny_spec(channel_multipliers=(2, 4))
+    network = tiny_network(spec)
+    assert network.unet.conv_in.out_channels == 64
+    assert network.unet.time_embedding.linear_1.weight.shape == (128, 32)
+    assert network(*inputs(spec)).shape == (3, 3, 16, 16)
+
+
+def test_without_identity_there_is_no_projection() -> None:
+    spec = tiny_spec(identity=NO_IDENTITY)
+    network = tiny_network(spec)
+    assert not [name for name in network.state_dict() if "identity" in name]
+    x, times, _ = inputs(tiny_spec())
+    with torch.inference_mode():
+        found = network(x, times)
+        zeros = torch.zeros(3, spec.model.embedding_dim)
+        expected = network.unet(x, times, class_labels=zeros).sample
+    assert torch.equal(found, expected)
+
+
+def test_super_resolution_sees_both_pictures() -> None:
+    spec = tiny_spec(low_res_size=4)
+    network = tiny_network(spec)
+    x, times, identity = inputs(spec)
+    both = torch.cat([x, x.flip(0)], dim=1)
+    with torch.inference_mode():
+        found = network(both, times, identity)
+        both[0, 3:] += 1.0
+        other = network(both, times, identity)
+    assert found.shape == x.shape
+    assert not torch.equal(found[0], other[0])
+    assert torch.equal(found[1:], other[1:])
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"num_heads": 3, "num_head_channels": 16}, "exactly one of num_heads"),
     ({"num_head_channels": None}, "exactly one of num_heads"),
@@ -263,8 +297,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"base_channels": 48}, "48 channels do not split into 32 groups"),
     ({"num_head_channels": 48}, "64 channels do not split into heads by 48"),
     ({"num_heads": 3, "attention_resolutions": ()}, "do not split into heads by 3"),
-    ({"channel_multipliers": (2, 4)}, "first channel multiplier must be 1"),
-    ({"base_channels": 33, "norm_groups": 1, "num_heads": 1}, "even base_channels"),
+    ({"base_channels": 33, "norm_groups": 1, "num_heads": 1}, "must be even"),
+    ({"low_res_size": 0}, "low_res_size must be from 1 to its image_size"),
+    ({"low_res_size": 17}, "low_res_size must be from 1 to its image_size"),
 ]
 
 

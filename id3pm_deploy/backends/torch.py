@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..body_form import FLOAT32, BodyForm
 from ..errors import EngineError, first_line
 from ..guidance import GuidanceTable
-from ..reference.step import Precision, step_module
+from ..reference.step import step_module
 from ..reference.unet import IdentityUNet
 from .base import Engine, EngineInfo, Float32, StepShapes, check_array, empty_state
 
@@ -20,7 +21,8 @@ class TorchEngine(Engine):
     Args:
         network: The reference network, in float32.
         shapes: Sizes of the model.
-        precision: ``float32`` or ``float16`` (the oracle of FP16 engines).
+        form: The precision of the body and what stays in float32 in it; a float16
+            body is the oracle of FP16 engines.
         device: A torch device.
 
     Raises:
@@ -31,12 +33,12 @@ class TorchEngine(Engine):
         self,
         network: IdentityUNet,
         shapes: StepShapes,
-        precision: Precision = "float32",
+        form: BodyForm = FLOAT32,
         device: str = "cpu",
     ) -> None:
         try:
             self._device = torch.device(device)
-            module = step_module(network, precision).to(self._device)
+            module = step_module(network, form).to(self._device)
         except (RuntimeError, AssertionError) as error:
             raise EngineError(
                 f"PyTorch cannot use the device {device!r}",
@@ -44,7 +46,7 @@ class TorchEngine(Engine):
                 fix="use --device cpu",
             ) from error
         self._module: Any = module
-        info = EngineInfo("torch", torch.__version__, precision, str(self._device))
+        info = EngineInfo("torch", torch.__version__, form.precision, str(self._device))
         super().__init__(info, shapes)
         self._state: Any = None
         self._x0: Any = None

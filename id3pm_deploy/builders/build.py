@@ -9,7 +9,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import __version__
 from ..backends.base import step_shapes
@@ -32,10 +32,8 @@ from ..progress import progress
 from ..recipes import load_recipe
 from ..selftest import golden_bytes, self_test
 from ..solvers import RESCALE_COLUMN, STATE_SLOTS, STEP_WIDTH
+from .export_recipe import ExportRecipe
 from .recipe import EngineRecipe
-
-if TYPE_CHECKING:
-    from .onnx import ExportRecipe
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,6 @@ def export_unet(checkpoint: Path, recipe_name: str, out: Path) -> Bundle:
 def _export_recipe(name: str) -> ExportRecipe:
     for module in ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime"):
         require(module, extra="export")
-    from .onnx import ExportRecipe
-
     return load_recipe("export", name, ExportRecipe)
 
 

@@ -9,67 +9,26 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..backends.base import STEP_INPUTS, STEP_OUTPUTS, step_shapes
+from ..backends.base import STEP_OUTPUTS
 from ..backends.onnxruntime import make_session
 from ..compare import Comparison, compare
-from ..errors import BuildError, ParityError, RecipeError, first_line
-from ..noise import batch_normals
-from ..reference.step import half_body, step_module
+from ..errors import BuildError, ParityError, first_line
 from ..reference.unet import IdentityUNet
-from ..solvers import (
-    CLIP_COLUMN,
-    NO_CLIP,
-    RESCALE_COLUMN,
-    STATE_SLOTS,
-    SolverSettings,
-    solver_table,
-)
+from ..solvers import CLIP_COLUMN, NO_CLIP
 from ..spec import DiffusionSpec
-from ..tolerances import check_ceiling
-
-Arrays = dict[str, npt.NDArray[Any]]
-
-UNET_INPUTS = ("x", "timestep", "identity")
-UNET_OUTPUTS = ("out",)
+from .export_recipe import ExportRecipe
+from .graph_inputs import Arrays, dynamic_shapes, example_inputs, module_and_names
 
 _TRACED = (2, 3)
 _CHECKED = ((1, 1), (1, 2), (2, 3), (3, 6), (5, 5))
 _GOLDEN = (2, 3)
-
-
-@dataclass(frozen=True)
-class ExportRecipe:
-    """How a graph is exported; files of this form lie in ``export/``.
-
-    Attributes:
-        summary: One line for people.
-        graph: ``step`` for a whole solver step, ``unet`` for the bare UNet.
-        precision: Of the UNet's body.
-        opset: ONNX opset.
-        tolerance_step: Largest max|a-b|/max|b| of one table row against PyTorch in
-            the same precision.
-        tolerance_trajectory: The same for a whole trajectory.
-    """
-
-    summary: str
-    graph: Literal["step", "unet"] = "step"
-    precision: Literal["float32", "float16"] = "float32"
-    opset: int = 20
-    tolerance_step: float = 1e-5
-    tolerance_trajectory: float = 1e-4
-
-    def __post_init__(self) -> None:
-        if not 18 <= self.opset <= 24:
-            raise RecipeError("opset must be from 18 to 24", why=f"it is {self.opset}")
-        check_ceiling(self.precision, self.tolerance_step, self.tolerance_trajectory)
 
 
 @dataclass(frozen=True)
@@ -91,77 +50,6 @@ class ExportedGraph:
     checked: tuple[tuple[int, int], ...]
 
 
-class _UnetModule(nn.Module):
-    """The bare UNet with named inputs."""
-
-    def __init__(self, network: IdentityUNet) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, timestep: Tensor, identity: Tensor) -> Tensor:
-        """[R, C, H, W], [R], [R, D] to [R, C or 2C, H, W]; see IdentityUNet."""
-        out: Tensor = self.network(x, timestep, identity)
-        return out
-
-
-def step_inputs(spec: DiffusionSpec, samples: int, unet_rows: int, seed: int) -> Arrays:
-    """Random but sensible inputs of the step graph: real table rows, unit noise,
-    guidance at scale 2 with rescale where there are more UNet rows than samples.
-
-    Args:
-        spec: Facts of the model.
-        samples: B.
-        unet_rows: R; any number, the rows are dealt to the samples in turn.
-        seed: Seed of all numbers.
-    """
-    shapes = step_shapes(spec)
-    picture = shapes.picture
-    steps = min(10, spec.schedule.timesteps)
-    table = solver_table(spec, SolverSettings(solver="ddpm", steps=steps))
-    chosen = np.arange(samples) * 3 % (len(table) - 1)
-    identity = batch_normals(seed, range(unet_rows), 0, 1, (shapes.identity_dim,))
-    identity[-1] *= 0.0 if unet_rows > 1 else 1.0
-    row = (np.arange(unet_rows) % samples).astype(np.int32)
-    step = table.rows[chosen]
-    drawn = batch_normals(seed, range(samples), 3, 0, (1,))
-    step[:, RESCALE_COLUMN] = 0.5 + 0.4 * np.tanh(drawn[:, 0])
-    state = np.zeros((STATE_SLOTS, samples, *picture), np.float32)
-    for slot in range(STATE_SLOTS):
-        state[slot] = batch_normals(seed, range(samples), 1, slot, picture)
-    return {
-        "state": state,
-        "noise": batch_normals(seed, range(samples), 2, 0, picture),
-        "identity": identity,
-        "row": row,
-        "mix": _guided_mix(row, samples),
-        "step": step,
-    }
-
-
-def _guided_mix(row: npt.NDArray[np.int32], samples: int) -> npt.NDArray[np.float32]:
-    """Guidance at scale 2, [2, B, R]: a sample's first UNet row against its others."""
-    count = len(row)
-    own = np.arange(min(samples, count))
-    others = np.arange(len(own), count)
-    each = np.bincount(row[others], minlength=samples)
-    mix = np.zeros((2, samples, count), np.float32)
-    mix[:, own, own] = 1.0
-    mix[0, own, own] += each[own] > 0
-    mix[0, row[others], others] = -1 / each[row[others]]
-    return mix
-
-
-def unet_inputs(spec: DiffusionSpec, unet_rows: int, seed: int) -> Arrays:
-    """Random inputs of the bare UNet, R rows."""
-    shapes = step_shapes(spec)
-    times = np.linspace(0, spec.schedule.timesteps - 1, unet_rows)
-    return {
-        "x": batch_normals(seed, range(unet_rows), 0, 0, shapes.picture),
-        "timestep": times.astype(np.float32),
-        "identity": batch_normals(seed, range(unet_rows), 0, 1, (shapes.identity_dim,)),
-    }
-
-
 def export_graph(
     network: IdentityUNet, spec: DiffusionSpec, recipe: ExportRecipe
 ) -> ExportedGraph:
@@ -174,8 +62,10 @@ def export_graph(
         BuildError: The exporter or the checker refuses the model.
         ParityError: The graph computes something else than PyTorch.
     """
-    module, inputs, outputs = _module_and_names(network, recipe)
-    proto = _traced(module, _example(spec, recipe, _TRACED), recipe, inputs, outputs)
+    module, inputs, outputs = module_and_names(network, recipe)
+    proto = _traced(
+        module, example_inputs(spec, recipe, _TRACED), recipe, inputs, outputs
+    )
     _strip_origin(proto)
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -183,37 +73,12 @@ def export_graph(
         raise BuildError("the exported graph is not valid", why=str(error)) from error
     data = proto.SerializeToString()
     worst = _checked_against(module, data, spec, recipe, outputs)
-    golden = _example(spec, recipe, _GOLDEN)
+    golden = example_inputs(spec, recipe, _GOLDEN)
     if recipe.graph == "step":
         _clamp_at_half(module, golden)
     expected = _run_torch(module, golden, outputs)
     golden |= {f"expected.{name}": value for name, value in expected.items()}
     return ExportedGraph(data, golden, len(proto.graph.node), worst, _CHECKED)
-
-
-def _module_and_names(
-    network: IdentityUNet, recipe: ExportRecipe
-) -> tuple[nn.Module, tuple[str, ...], tuple[str, ...]]:
-    if recipe.graph == "step":
-        return step_module(network, recipe.precision), STEP_INPUTS, STEP_OUTPUTS
-    body = half_body(network) if recipe.precision == "float16" else network
-    return _UnetModule(body).eval(), UNET_INPUTS, UNET_OUTPUTS
-
-
-def _example(
-    spec: DiffusionSpec, recipe: ExportRecipe, size: tuple[int, int]
-) -> Arrays:
-    if recipe.graph == "step":
-        return step_inputs(spec, *size, seed=sum(size))
-    return unet_inputs(spec, size[1], seed=size[1])
-
-
-def _dynamic_shapes(recipe: ExportRecipe) -> tuple[dict[int, Any], ...]:
-    r = torch.export.Dim("R", min=1, max=4096)
-    if recipe.graph == "unet":
-        return ({0: r}, {0: r}, {0: r})
-    b = torch.export.Dim("B", min=1, max=2048)
-    return ({1: b}, {0: b}, {0: r}, {0: r}, {1: b, 2: r}, {0: b})
 
 
 @contextlib.contextmanager
@@ -251,7 +116,7 @@ def _traced(
                 opset_version=recipe.opset,
                 input_names=list(inputs),
                 output_names=list(outputs),
-                dynamic_shapes=_dynamic_shapes(recipe),
+                dynamic_shapes=dynamic_shapes(recipe),
                 verbose=False,
             )
     except Exception as error:  # torch's exporter wraps failures of many kinds
@@ -299,7 +164,7 @@ def _checked_against(
     names = [item.name for item in session.get_inputs()]
     worst = 0.0
     for size in _CHECKED:
-        example = _example(spec, recipe, size)
+        example = example_inputs(spec, recipe, size)
         if recipe.graph == "step" and size[0] > 1:
             example["step"][:, CLIP_COLUMN] = NO_CLIP
         elif recipe.graph == "step":

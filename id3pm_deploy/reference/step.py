@@ -6,16 +6,15 @@ no TF32 slips in; only the UNet may run in half precision.
 
 from __future__ import annotations
 
-import copy
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..body_form import BodyForm
 from ..solvers import RESCALE_COLUMN, STATE_SLOTS, STEP_HEAD
+from .precision import body_in
 from .unet import IdentityUNet
-
-Precision = Literal["float32", "float16"]
 
 _LEAST_SPREAD = 1e-12
 """Standard deviation below which a prediction counts as constant."""
@@ -148,41 +147,6 @@ def _spread(x: Tensor) -> Tensor:
     return (centred * centred).mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
-class _Float32GroupNorm(nn.Module):
-    """GroupNorm with float32 statistics inside a half-precision body, as
-    guided-diffusion's GroupNorm32."""
-
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        super().__init__()
-        self.norm = norm.float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(x.float())).to(x.dtype)
-
-
-def _with_float32_norms(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.GroupNorm):
-            setattr(module, name, _Float32GroupNorm(child))
-        else:
-            _with_float32_norms(child)
-
-
-def half_body(network: IdentityUNet) -> IdentityUNet:
-    """A copy of ``network`` whose body runs in float16.
-
-    Embeddings, GroupNorm and the output head stay in float32.
-    """
-    half = copy.deepcopy(network)
-    unet = half.unet
-    for part in (unet.conv_in, unet.down_blocks, unet.mid_block, unet.up_blocks):
-        assert part is not None, "UNet2DModel was built without a middle block"
-        part.half()
-        _with_float32_norms(part)
-    return half
-
-
-def step_module(network: IdentityUNet, precision: Precision) -> StepModule:
-    """The step module of a network in the given precision, in evaluation mode."""
-    body = half_body(network) if precision == "float16" else network
-    return StepModule(body).eval()
+def step_module(network: IdentityUNet, form: BodyForm) -> StepModule:
+    """The step module of a network in the given form, in evaluation mode."""
+    return StepModule(body_in(network, form)).eval()

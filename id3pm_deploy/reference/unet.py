@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
@@ -35,9 +36,10 @@ def _diffusers_unet(spec: ModelSpec) -> UNet2DModel:
     resampling = "resnet" if spec.resblock_updown else "conv"
     variance = spec.image_channels if spec.learned_variance else 0
     head_dim = spec.num_head_channels or spec.norm_groups
+    pictures = 1 if spec.low_res_size is None else 2
     unet: UNet2DModel = UNet2DModel(
         sample_size=spec.image_size,
-        in_channels=spec.image_channels,
+        in_channels=pictures * spec.image_channels,
         out_channels=spec.image_channels + variance,
         down_block_types=down,
         up_block_types=up,
@@ -50,8 +52,11 @@ def _diffusers_unet(spec: ModelSpec) -> UNet2DModel:
         norm_num_groups=spec.norm_groups,
         attn_norm_num_groups=spec.norm_groups,
         resnet_time_scale_shift="scale_shift" if spec.scale_shift_norm else "default",
+        time_embedding_dim=spec.embedding_dim,
         class_embed_type="identity",
     )
+    # UNet2DModel ties the width of the sinusoids to that of the first level.
+    unet.time_embedding = TimestepEmbedding(spec.base_channels, spec.embedding_dim)
     return unet
 
 
@@ -105,27 +110,34 @@ class IdentityUNet(nn.Module):
         self.spec = spec
         self.identity_dim = identity_dim
         self.unet = _diffusers_unet(spec)
-        self.identity_projection = nn.Linear(identity_dim, spec.embedding_dim)
+        if identity_dim:
+            self.identity_projection = nn.Linear(identity_dim, spec.embedding_dim)
         self.frequencies: Tensor
         frequencies = embedding_frequencies(spec.base_channels)
         self.register_buffer("frequencies", frequencies, persistent=False)
         if spec.num_heads is not None:
             _set_heads(self.unet, spec.num_heads)
 
-    def embed(self, timesteps: Tensor, identity: Tensor) -> Tensor:
+    def embed(self, timesteps: Tensor, identity: Tensor | None) -> Tensor:
         """Conditioning [R, 4·base_channels] float32 of timesteps [R] and identity
         vectors [R, D]."""
         sinusoids = sinusoidal_embedding(timesteps, self.frequencies)
         embedding = self.unet.time_embedding(sinusoids)
+        if not self.identity_dim:
+            return cast(Tensor, embedding)
         return cast(Tensor, embedding + self.identity_projection(identity))
 
-    def forward(self, x: Tensor, timesteps: Tensor, identity: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, identity: Tensor | None = None
+    ) -> Tensor:
         """Predict from noisy images.
 
         Args:
-            x: [R, C, H, W], noisy images.
+            x: [R, C, H, W], noisy images; [R, 2C, H, W] of a super-resolution model,
+                whose enlarged pictures are the second half.
             timesteps: [R], may be fractional.
-            identity: [R, D], normalised identity vectors; zeros for the null one.
+            identity: [R, D], normalised identity vectors; zeros for the null one. Not
+                used by a model without identity.
 
         Returns:
             [R, C or 2C, H, W] float32: the prediction and, with learned variance, the
