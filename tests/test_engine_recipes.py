@@ -120,6 +120,13 @@ def test_tensorrt_settings_are_refused_for_onnxruntime(change: dict[str, Any]) -
         EngineRecipe(**{**CPU, **change})
 
 
+def test_onnxruntime_has_no_bfloat16() -> None:
+    """Its CPU provider lacks the operators."""
+    with pytest.raises(RecipeError, match="no engines in bfloat16"):
+        EngineRecipe(**{**CPU, "precision": "bfloat16"})
+    assert EngineRecipe(**{**RTX, "precision": "bfloat16"}).precision == "bfloat16"
+
+
 @pytest.mark.parametrize("threads", [-1, 5000])
 def test_threads_out_of_range_are_refused(threads: int) -> None:
     with pytest.raises(RecipeError, match="threads must be from 0"):

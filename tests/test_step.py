@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +13,13 @@ import pytest
 import torch
 from models import random_identity, tiny_model, tiny_network, tiny_spec
 from torch import Tensor, nn
+from torch.nn import functional
 
 from id3pm_deploy.body_form import BodyForm
 from id3pm_deploy.guidance import guidance_table
 from id3pm_deploy.noise import batch_normals
+from id3pm_deploy.reference.attention import Projection
+from id3pm_deploy.reference.normalisation import Normalise
 from id3pm_deploy.reference.precision import body_in
 from id3pm_deploy.reference.step import StepModule, StepOutputs, step_module
 from id3pm_deploy.reference.unet import IdentityUNet
@@ -314,6 +319,21 @@ def dtypes_through(module: nn.Module, kind: type, run: Any) -> set[torch.dtype]:
     return seen
 
 
+@contextlib.contextmanager
+def watched_norms() -> Iterator[set[torch.dtype]]:
+    """Dtypes in which pictures are normalised meanwhile."""
+    seen: set[torch.dtype] = set()
+    original = functional.instance_norm
+
+    def noting(x: Tensor, **settings: Any) -> Tensor:
+        seen.add(x.dtype)
+        return original(x, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "instance_norm", noting)
+        yield seen
+
+
 class TestHalf:
     """The float16 body: what stays in float32, and how near the result is."""
 
@@ -328,14 +348,18 @@ class TestHalf:
                 assert half(*arguments).dtype == torch.float32
 
         only_float32 = {torch.float32}
-        assert dtypes_through(half, nn.GroupNorm, run) == only_float32
+        with watched_norms() as seen:
+            run()
+        assert seen == only_float32
         assert dtypes_through(unet.time_embedding, nn.Linear, run) == only_float32
         assert dtypes_through(half.identity_projection, nn.Linear, run) == only_float32
         assert dtypes_through(unet.conv_out, nn.Conv2d, run) == only_float32
         blocks = nn.ModuleList([*unet.down_blocks, unet.mid_block, *unet.up_blocks])
-        for kind in (nn.Conv2d, nn.Linear):
+        for kind in (nn.Conv2d, Projection):
             assert dtypes_through(blocks, kind, run) == {torch.float16}
-        norms = sum(isinstance(m, nn.GroupNorm) for m in half.modules())
+        joined = cast(Any, half.conditioning).projection
+        assert joined.weight.dtype == torch.float16
+        norms = sum(isinstance(m, Normalise) for m in half.modules())
         assert norms == sum(isinstance(m, nn.GroupNorm) for m in network.modules())
 
     def test_the_original_is_left_alone(self, network: IdentityUNet) -> None:

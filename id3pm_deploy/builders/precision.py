@@ -17,14 +17,14 @@ from .recipe import Profile
 SOURCE = "parsed network"
 """Where the counts come from, as written beside them."""
 
-DATA_TYPES = {"float32": "FLOAT", "float16": "HALF"}
+DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 """Precision of a recipe to TensorRT's name of the data type."""
 
-LEAST_SHARE = {"float32": 1.0, "float16": 0.9}
+LEAST_SHARE = {"float32": 1.0, "float16": 0.9, "bfloat16": 0.9}
 """Least share of the convolutions' multiply-accumulates in the recipe's precision.
 
-A float16 graph keeps a few islands in float32, the output head's convolution among
-them, which is 0.15 % of a small model.
+A graph in half precision keeps a few islands in float32, the output head's convolution
+among them, which is 0.15 % of a small model.
 """
 
 InputShapes = dict[str, tuple[int, ...]]
@@ -74,7 +74,7 @@ def share_of(counts: dict[str, Any], precision: str, kind: str) -> float | None:
 
     Args:
         counts: What :func:`count_network` returned.
-        precision: ``float32`` or ``float16``.
+        precision: ``float32``, ``float16`` or ``bfloat16``.
         kind: ``CONVOLUTION`` or ``MATRIX_MULTIPLY``.
 
     Returns:
@@ -90,7 +90,7 @@ def check_precision(counts: dict[str, Any], precision: str, export: str) -> None
 
     Args:
         counts: What :func:`count_network` returned.
-        precision: What the recipe says, ``float32`` or ``float16``.
+        precision: What the recipe says.
         export: The recipe's export recipe, for the message.
 
     Raises:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..body_form import Precision
 from ..errors import RecipeError
 
 FLAVOURS = {
@@ -90,7 +91,7 @@ class EngineRecipe:
     backend: Literal["onnxruntime", "tensorrt"]
     flavour: str
     export: str
-    precision: Literal["float32", "float16"]
+    precision: Precision
     threads: int = 0
     static_samples: tuple[int, ...] = ()
     static_guided_samples: tuple[int, ...] = ()
@@ -116,6 +117,12 @@ class EngineRecipe:
             self._check_onnxruntime()
 
     def _check_onnxruntime(self) -> None:
+        if self.precision == "bfloat16":
+            raise RecipeError(
+                "the onnxruntime backend has no engines in bfloat16",
+                why="ONNX Runtime's CPU provider lacks the operators",
+                fix="use float32, which is as fast there, or the tensorrt backend",
+            )
         _check_range("threads", self.threads, 0, 1024)
         defaults = type(self).__dataclass_fields__
         for name in _TENSORRT_ONLY:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..body_form import BodyForm
@@ -47,26 +48,32 @@ class StepModule(nn.Module):
         self,
         state: Tensor,
         noise: Tensor,
-        identity: Tensor,
+        identity: Tensor | None,
         row: Tensor,
         mix: Tensor,
         step: Tensor,
+        low_res: Tensor | None = None,
     ) -> StepOutputs:
         """Run one table row.
 
         Args:
             state: [K, B, C, H, W] float32; slot 0 is x_t.
             noise: [B, C, H, W] float32.
-            identity: [R, D] float32, normalised; zeros for null.
+            identity: [R, D] float32, normalised; zeros for null. Not used by a model
+                without identity.
             row: [R] int32, the sample of each UNet row.
             mix: [2, B, R] float32, weights of UNet rows in each sample: plane 0 for
                 the prediction, plane 1 for learned variance and for the prediction
                 that guidance rescale refers to.
             step: [B, S] float32, the table row of each sample (``solvers.py``).
+            low_res: [B, C, h, w] float32 in [-1, 1], what a super-resolution model
+                enlarges; None for all other models.
         """
         index = row.to(torch.int64)
         x = state[0]
         scaled = x * step[:, 1, None, None, None]
+        if low_res is not None:
+            scaled = with_enlarged(scaled, low_res)
         rows = scaled.index_select(0, index)
         out = self.network(rows, step[:, 0].index_select(0, index), identity)
         out, finite = self._only_finite(out)
@@ -139,6 +146,40 @@ class StepModule(nn.Module):
                 total = total + matrix[i, j] * columns[j]
             new.append(total)
         return torch.stack(new)
+
+
+def with_enlarged(x: Tensor, low_res: Tensor) -> Tensor:
+    """Noisy pictures with the small ones, enlarged, behind their channels, as
+    guided-diffusion's ``SuperResModel`` puts them together: [B, 2C, H, W].
+
+    Args:
+        x: [B, C, H, W]; scaled by c_in, as the small pictures never are.
+        low_res: [B, C, h, w], enlarged bilinearly with half-pixel centres.
+    """
+    size = x.shape[-2:]
+    large = F.interpolate(low_res, size, mode="bilinear", align_corners=False)
+    return torch.cat([x, large], dim=1)
+
+
+class StepWithoutIdentity(nn.Module):
+    """The step of a model without identity: its graph has no such input."""
+
+    def __init__(self, step: StepModule) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(
+        self,
+        state: Tensor,
+        noise: Tensor,
+        row: Tensor,
+        mix: Tensor,
+        step: Tensor,
+        low_res: Tensor | None = None,
+    ) -> StepOutputs:
+        """As :meth:`StepModule.forward`."""
+        made: StepOutputs = self.step(state, noise, None, row, mix, step, low_res)
+        return made
 
 
 def _spread(x: Tensor) -> Tensor:

@@ -101,8 +101,9 @@ def sinusoidal_embedding(timesteps: Tensor, frequencies: Tensor) -> Tensor:
 class IdentityUNet(nn.Module):
     """UNet2DModel with the identity projection.
 
-    The forward pass is UNet2DModel's own, written out so that the embeddings and the
-    output head can stay in float32 while the body runs in half precision.
+    The forward pass is UNet2DModel's own, written out so that an export can put the
+    embeddings in another form (:mod:`.export_form`). It has no opinion on data types:
+    where the body is not float32, hooks of :mod:`.precision` cast.
     """
 
     def __init__(self, spec: ModelSpec, identity_dim: int) -> None:
@@ -115,6 +116,7 @@ class IdentityUNet(nn.Module):
         self.frequencies: Tensor
         frequencies = embedding_frequencies(spec.base_channels)
         self.register_buffer("frequencies", frequencies, persistent=False)
+        self.conditioning: nn.Module | None = None
         if spec.num_heads is not None:
             _set_heads(self.unet, spec.num_heads)
 
@@ -144,9 +146,10 @@ class IdentityUNet(nn.Module):
             variance channels in guided-diffusion's [-1, 1] convention behind it.
         """
         unet: Any = self.unet
-        body = unet.conv_in.weight.dtype
-        embedding = self.embed(timesteps, identity).to(body)
-        h = unet.conv_in(x.to(body))
+        embedding: Any = self.embed(timesteps, identity)
+        if self.conditioning is not None:
+            embedding = self.conditioning(embedding)
+        h = unet.conv_in(x)
         skips = (h,)
         for block in unet.down_blocks:
             h, outputs = block(hidden_states=h, temb=embedding)
@@ -156,5 +159,5 @@ class IdentityUNet(nn.Module):
             count = len(block.resnets)
             used, skips = skips[-count:], skips[:-count]
             h = block(h, used, embedding)
-        h = unet.conv_norm_out(h.to(unet.conv_out.weight.dtype))
-        return cast(Tensor, unet.conv_out(unet.conv_act(h)).float())
+        h = unet.conv_act(unet.conv_norm_out(h))
+        return cast(Tensor, unet.conv_out(h).float())
