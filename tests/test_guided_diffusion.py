@@ -1,17 +1,13 @@
 """guided-diffusion's flags and weights as ours.
 
-Its UNet is not here to ask. Two things stand in for it: recorded outputs in the folder
-`shared`, and its attention, written out below from its definition.
+Names, facts and refusals; ``test_import_golden`` compares what is computed.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from models import tiny_network
@@ -19,12 +15,10 @@ from torch import Tensor
 
 from id3pm_deploy.errors import CheckpointError
 from id3pm_deploy.reference import guided_diffusion
-from id3pm_deploy.reference.guided_diffusion import (
-    convert_guided_diffusion,
-    spec_from_flags,
-)
+from id3pm_deploy.reference.guided_diffusion import convert_guided_diffusion
+from id3pm_deploy.reference.guided_flags import spec_from_flags, with_defaults
 from id3pm_deploy.reference.unet import IdentityUNet
-from id3pm_deploy.spec import DiffusionSpec, IdentitySpec
+from id3pm_deploy.spec import NO_IDENTITY, DiffusionSpec, IdentitySpec
 
 IDENTITY = IdentitySpec(16, "a test", None, "raw")
 FLAGS: dict[str, Any] = {
@@ -188,7 +182,7 @@ def test_attention_is_placed_by_factor_as_there() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"large_size": 64, "small_size": 16}, "super-resolution"),
+        ({"large_size": 64, "small_size": 16}, "unknown: 'image_size'"),
         ({"colour": True}, "unknown: 'colour'"),
         ({"num_heads": None}, "num_heads"),
         ({"num_heads": True}, "num_heads"),
@@ -199,9 +193,9 @@ def test_attention_is_placed_by_factor_as_there() -> None:
         ({"identity_scale": 2.0}, "identity_scale"),
         ({"embedding_size": 17}, "embedding_size"),
         ({"channel_mult": "0.5,1"}, "channel_mult"),
-        ({"channel_mult": "", "image_size": 256}, "channel_mult"),
+        ({"channel_mult": "", "image_size": 32}, "channel_mult"),
+        ({"channel_mult": "", "image_size": 512}, "0.5,1,1,2,2,4,4"),
         ({"attention_resolutions": "a"}, "attention_resolutions"),
-        ({"channel_mult": "2,2"}, "multiplier"),
     ],
 )
 def test_flags_that_cannot_be_represented_are_named(
@@ -246,7 +240,9 @@ def test_wrong_tensors_are_named() -> None:
     without = {key: value for key, value in good.items() if key != name}
     cases: list[tuple[dict[str, Tensor], str]] = [
         (without, f"missing: {name}"),
-        ({**good, "label_emb.weight": torch.zeros(1)}, "unexpected: label_emb.weight"),
+        ({**good, "other.weight": torch.zeros(1)}, "unexpected: other.weight"),
+        ({**good, "label_emb.weight": torch.zeros(9, 128)}, "label_emb.weight"),
+        ({}, "0 tensors"),
         ({**good, name: good[name][:-1]}, "(192, 64, 1)"),
         ({**good, name: good[name].to(torch.int64)}, "int64"),
         ({**good, name: good[name][..., 0]}, "(192, 64, 1)"),
@@ -268,35 +264,61 @@ def test_half_precision_weights_become_float32() -> None:
     )
 
 
-class TestRecorded:
-    """The re-implementation's own weights and outputs."""
+SUPER_RESOLUTION: dict[str, Any] = {
+    **{k: v for k, v in FLAGS.items() if k not in ("image_size", "embedding_size")},
+    "large_size": 64,
+    "small_size": 16,
+    "class_cond": False,
+}
+del SUPER_RESOLUTION["use_new_attention_order"], SUPER_RESOLUTION["channel_mult"]
 
-    @staticmethod
-    def load(shared: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        folder = shared / "golden"
-        flags = json.loads((folder / f"{name}.json").read_text())
-        return flags, torch.load(folder / f"{name}.pt", weights_only=True)
 
-    def test_the_forward_pass_is_theirs(self, shared: Path) -> None:
-        flags, tensors = self.load(shared, "id32")
-        identity = IdentitySpec(512, "golden", None, "raw")
-        made = convert_guided_diffusion(flags, tensors, identity)
-        network = IdentityUNet(made.spec.model, 512).eval()
-        network.load_state_dict(made.tensors)
-        with np.load(shared / "golden" / "id32.npz") as file:
-            x, t, y, out = (torch.from_numpy(file[n]) for n in ("x", "t", "y", "out"))
-        with torch.inference_mode():
-            found = network(x, t.float(), y)
-            error = (found - out).abs().max() / out.abs().max()
-            assert error <= 1e-5, error
-            wrong = {**flags, "num_head_channels": 4}
-            misread = convert_guided_diffusion(wrong, tensors, identity).spec
-            other = IdentityUNet(misread.model, 512).eval()
-            other.load_state_dict(made.tensors)
-            error = (other(x, t.float(), y) - out).abs().max() / out.abs().max()
-            assert error > 1e-3, "the head mode has to matter"
+def test_super_resolution_has_flags_of_its_own() -> None:
+    """guided-diffusion fixes its multipliers by size and has no flag for the order."""
+    spec = spec_from_flags(SUPER_RESOLUTION, NO_IDENTITY)
+    assert (spec.model.image_size, spec.model.low_res_size) == (64, 16)
+    assert spec.model.channel_multipliers == (1, 2, 3, 4)
+    assert spec.identity == NO_IDENTITY
+    large = spec_from_flags(
+        {**SUPER_RESOLUTION, "large_size": 256, "small_size": 64}, NO_IDENTITY
+    )
+    assert large.model.channel_multipliers == (1, 1, 2, 2, 4, 4)
 
-    def test_super_resolution_is_refused_by_name(self, shared: Path) -> None:
-        flags, tensors = self.load(shared, "sr16to64")
-        with pytest.raises(CheckpointError, match="super-resolution"):
-            convert_guided_diffusion(flags, tensors, IDENTITY)
+
+def test_defaults_are_taken_when_the_user_says_so() -> None:
+    """guided-diffusion's model_and_diffusion_defaults."""
+    given = {"image_size": 64, "num_channels": 64, "num_heads": 2}
+    with pytest.raises(CheckpointError) as caught:
+        spec_from_flags(given, NO_IDENTITY)
+    assert "use_new_attention_order (default False)" in caught.value.why
+    spec = spec_from_flags(with_defaults(given), NO_IDENTITY)
+    model = spec.model
+    assert (model.num_heads, model.num_head_channels, model.base_channels) == (
+        2,
+        None,
+        64,
+    )
+    assert (model.residual_blocks, model.attention_resolutions) == (2, (16, 8))
+    assert model.scale_shift_norm
+    assert not model.resblock_updown
+    assert (spec.schedule.name, spec.schedule.timesteps) == ("linear", 1000)
+
+
+def test_heads_need_not_be_counted_where_their_width_is_given() -> None:
+    flags = {**FLAGS, "num_head_channels": 16, "num_heads_upsample": 7}
+    del flags["num_heads"]
+    assert spec_from_flags(flags, IDENTITY).model.num_head_channels == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "identity", "message"),
+    [
+        ({"class_cond": False}, IDENTITY, "class_cond = False"),
+        ({"class_cond": True}, NO_IDENTITY, "class_cond = True"),
+    ],
+)
+def test_the_condition_is_that_of_the_weights(
+    flags: dict[str, Any], identity: IdentitySpec, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        spec_from_flags({**FLAGS, **flags}, identity)

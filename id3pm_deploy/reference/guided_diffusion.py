@@ -1,14 +1,13 @@
-"""guided-diffusion's flags and weights as ours.
+"""guided-diffusion's weights as ours.
 
-Covers the identity-conditioned form of guided-diffusion's UNet (Dhariwal & Nichol 2021,
-with the linear layer of Kansy et al., ID3PM, in the place of the class embedding). Two
-facts that tensor shapes do not tell come from the flags and must be stated there: the
-head mode, and the order of the rows in the joint query, key and value projection.
+Covers guided-diffusion's UNet (Dhariwal & Nichol 2021) without a condition, with the
+linear layer of Kansy et al. (ID3PM) in the place of the class embedding, and as its
+super-resolution model. ``guided_flags`` reads the facts that weights do not tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,43 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..spec import DiffusionSpec, IdentitySpec, ModelSpec, ScheduleSpec
+from ..spec import DiffusionSpec, IdentitySpec, ModelSpec
+from .guided_flags import legacy_order, spec_from_flags
 from .unet import IdentityUNet
 
-_NEEDED: dict[str, type] = {
-    "image_size": int,
-    "num_channels": int,
-    "num_res_blocks": int,
-    "channel_mult": str,
-    "attention_resolutions": str,
-    "num_heads": int,
-    "num_head_channels": int,
-    "use_new_attention_order": bool,
-    "class_cond": bool,
-    "embedding_size": int,
-    "learn_sigma": bool,
-    "use_scale_shift_norm": bool,
-    "resblock_updown": bool,
-    "noise_schedule": str,
-    "diffusion_steps": int,
-    "predict_xstart": bool,
-}
-_OPTIONAL: dict[str, type | tuple[type, ...]] = {
-    "dropout": (int, float),
-    "num_heads_upsample": int,
-    "rescale_timesteps": bool,
-    "identity_scale": type(None),
-    # These change training, memory or sampling, not the network's function.
-    "rescale_learned_sigmas": bool,
-    "sigma_small": bool,
-    "timestep_respacing": str,
-    "use_checkpoint": bool,
-    "use_fp16": bool,
-    "use_kl": bool,
-}
-_MULTIPLIERS = {128: "1,1,2,3,4", 64: "1,2,3,4"}
-"""What an empty channel_mult means at an image size; at 256 and 512, with their own
-first multipliers, it has to be stated."""
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -71,17 +37,41 @@ _ENDS = {
 }
 _QKV = ("to_q", "to_k", "to_v")
 _NAMED = 4
+_FIX = "check that flags and weights belong together"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class MadeTensors(Mapping[str, Tensor]):
+    """Tensors that are made when they are asked for, so that a large model is never in
+    memory a second time.
+
+    Args:
+        makers: A function for each name.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A guided-diffusion model as ours: what ``save_checkpoint`` takes.
+    """Another model as ours: what ``save_checkpoint`` takes.
 
-    ``tensors`` is the state dict of an :class:`IdentityUNet`, in float32.
+    ``tensors`` is the state dict of an :class:`IdentityUNet`, in float32; each is made
+    when it is taken, and is a part of its source where nothing has to be changed.
     """
 
     spec: DiffusionSpec
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
 
 
 def convert_guided_diffusion(
@@ -95,118 +85,26 @@ def convert_guided_diffusion(
     Args:
         flags: The options the model was trained with, under guided-diffusion's names.
         tensors: Its state dict; take the EMA one for deployment.
-        identity: Which FR model's vectors condition it, and how they are scaled.
+        identity: Which FR model's vectors condition it, and how they are scaled;
+            ``NO_IDENTITY`` for a model without.
         title: What the model is called.
 
     Raises:
         CheckpointError: A flag is missing, unknown or cannot be represented, or the
             tensors are not those that the flags describe; each is named.
     """
+    classes = tensors.get("label_emb.weight")
+    if classes is not None:
+        raise CheckpointError(
+            "a class-conditional model cannot be converted",
+            why=f"its label_emb.weight, of shape {tuple(classes.shape)}, stands for "
+            "the numbers of classes",
+            fix="take a model without condition, or one with identity (image_emb)",
+        )
     spec = spec_from_flags(flags, identity, title)
-    order = _ByHead(spec.model) if not flags["use_new_attention_order"] else None
-    return Converted(spec, _converted_tensors(spec, tensors, order))
-
-
-def spec_from_flags(
-    flags: Mapping[str, Any], identity: IdentitySpec, title: str = ""
-) -> DiffusionSpec:
-    """The facts in guided-diffusion's flags.
-
-    Raises:
-        CheckpointError: See :func:`convert_guided_diffusion`.
-    """
-    _check_flags(flags, identity)
-    size = flags["image_size"]
-    multipliers = flags["channel_mult"] or _MULTIPLIERS.get(size, "")
-    if not multipliers:
-        raise _refused("channel_mult", flags, "it has to be stated at this image size")
-    levels = _numbers("channel_mult", multipliers)
-    # guided-diffusion compares downsampling factors, rounded down, not resolutions.
-    factors = {
-        size // r for r in _numbers("attention_resolutions", flags) if 0 < r <= size
-    }
-    per_head = flags["num_head_channels"]
-    model = ModelSpec(
-        image_size=size,
-        base_channels=flags["num_channels"],
-        channel_multipliers=levels,
-        residual_blocks=flags["num_res_blocks"],
-        attention_resolutions=tuple(
-            size >> level for level in range(len(levels)) if 1 << level in factors
-        ),
-        num_heads=flags["num_heads"] if per_head == -1 else None,
-        num_head_channels=None if per_head == -1 else per_head,
-        learned_variance=flags["learn_sigma"],
-        scale_shift_norm=flags["use_scale_shift_norm"],
-        resblock_updown=flags["resblock_updown"],
-        dropout=float(flags.get("dropout", 0.0)),
-    )
-    return DiffusionSpec(
-        model=model,
-        identity=identity,
-        schedule=ScheduleSpec(flags["noise_schedule"], flags["diffusion_steps"]),
-        prediction_type="x0" if flags["predict_xstart"] else "epsilon",
-        title=title,
-        origin={"converted_from": "guided-diffusion"},
-    )
-
-
-def _check_flags(flags: Mapping[str, Any], identity: IdentitySpec) -> None:
-    if "large_size" in flags or "small_size" in flags:
-        raise CheckpointError(
-            "super-resolution models cannot be converted by this release",
-            why="the flags hold large_size or small_size",
-        )
-    unknown = sorted(set(flags) - set(_NEEDED) - set(_OPTIONAL))
-    missing = sorted(set(_NEEDED) - set(flags))
-    if unknown or missing:
-        raise CheckpointError(
-            "these are not the flags of an identity-conditioned guided-diffusion model",
-            why=f"missing: {', '.join(missing) or 'none'}; unknown: "
-            f"{', '.join(map(repr, unknown)) or 'none'}",
-            fix="state every flag the model was trained with, under guided-diffusion's "
-            "name; head mode and query-key-value order cannot be seen in the weights",
-        )
-    for name, value in flags.items():
-        wanted = _NEEDED.get(name) or _OPTIONAL[name]
-        # A bool is an int to Python.
-        if not isinstance(value, wanted) or (
-            isinstance(value, bool) and wanted is not bool
-        ):
-            raise _refused(name, flags, "that value cannot be represented")
-    heads, upsample = flags["num_heads"], flags.get("num_heads_upsample", -1)
-    steps = flags["diffusion_steps"]
-    for bad, name, why in (
-        (not flags["class_cond"], "class_cond", "a model without identity"),
-        (flags["noise_schedule"] not in ("linear", "cosine"), "noise_schedule", ""),
-        (upsample not in (-1, heads), "num_heads_upsample", f"num_heads is {heads}"),
-        (
-            flags.get("rescale_timesteps", False) and steps != 1000,
-            "rescale_timesteps",
-            f"of {steps} timesteps; timesteps are not rescaled here",
-        ),
-        (
-            flags["embedding_size"] != identity.dim,
-            "embedding_size",
-            f"the FR model {identity.model_name!r} has {identity.dim} numbers",
-        ),
-    ):
-        if bad:
-            raise _refused(name, flags, why)
-
-
-def _refused(name: str, flags: Mapping[str, Any], why: str) -> CheckpointError:
-    return CheckpointError(
-        f"the flag {name} = {flags[name]!r:.60} cannot be represented", why=why
-    )
-
-
-def _numbers(name: str, values: str | Mapping[str, Any]) -> tuple[int, ...]:
-    text = values if isinstance(values, str) else values[name]
-    try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise _refused(name, {name: text}, "it is no list of whole numbers") from None
+    order = _ByHead(spec.model) if legacy_order(flags) else None
+    places = dict(_block_names(spec.model))
+    return convert_tensors(spec, tensors, lambda ours: _their_name(ours, places), order)
 
 
 @dataclass(frozen=True)
@@ -227,30 +125,61 @@ class _ByHead:
         return by_head.transpose(0, 1).reshape(rows.shape)
 
 
-def _converted_tensors(
-    spec: DiffusionSpec, tensors: Mapping[str, Tensor], order: _ByHead | None
-) -> dict[str, Tensor]:
+def convert_tensors(
+    spec: DiffusionSpec,
+    tensors: Mapping[str, Tensor],
+    their_name: Callable[[str], tuple[str, int | None]],
+    order: _ByHead | None = None,
+) -> Converted:
+    """Give ``tensors`` our names, after every one was held against ``spec``.
+
+    Args:
+        spec: The facts of the model.
+        tensors: All of its tensors under the names of where it comes from.
+        their_name: That name of one of ours, and which third of it ours is (None: all).
+        order: How a joint projection's rows have to be sorted; None is our order.
+
+    Raises:
+        CheckpointError: Tensors are missing, unexpected or of another shape or type;
+            each is named.
+    """
+    blocks = spec.model.residual_blocks * len(spec.model.channel_multipliers)
+    if blocks > len(tensors):  # the network is made to know the names: not a vast one
+        raise CheckpointError(
+            f"the flags describe {blocks} residual blocks on the way down",
+            why=f"there are {len(tensors)} tensors",
+            fix=_FIX,
+        )
     with torch.device("meta"):
         wanted = IdentityUNet(spec.model, spec.identity.dim).state_dict()
-    places = dict(_block_names(spec.model))
-    sources = {ours: _their_name(ours, places) for ours in wanted}
+    sources = {ours: their_name(ours) for ours in wanted}
     missing = sorted({theirs for theirs, _ in sources.values()} - set(tensors))
     unexpected = sorted(set(tensors) - {theirs for theirs, _ in sources.values()})
     if missing or unexpected:
         raise CheckpointError(
             "the tensors are not those that the flags describe",
             why=f"missing: {_some(missing)}; unexpected: {_some(unexpected)}",
-            fix="check that flags and weights belong together",
+            fix=_FIX,
         )
-    made = {}
+    makers = {}
     for ours, (theirs, part) in sources.items():
-        target = wanted[ours]
-        tensor = _checked(theirs, tensors[theirs], target.shape, part is not None)
+        shape = wanted[ours].shape
+        tensor = _checked(theirs, tensors[theirs], shape, part is not None)
+        makers[ours] = _maker(tensor, shape, part, order)
+    return Converted(spec, MadeTensors(makers))
+
+
+def _maker(
+    tensor: Tensor, shape: torch.Size, part: int | None, order: _ByHead | None
+) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        own = tensor
         if part is not None:
-            tensor = tensor if order is None else order.sorted(tensor)
-            tensor = tensor.chunk(3)[part]
-        made[ours] = tensor.reshape(target.shape).to(torch.float32, copy=True)
-    return made
+            own = own if order is None else order.sorted(own)
+            own = own.chunk(3)[part]
+        return own.reshape(shape).to(torch.float32)
+
+    return make
 
 
 def _block_names(model: ModelSpec) -> Iterator[tuple[str, str]]:
@@ -304,11 +233,12 @@ def _checked(name: str, tensor: Tensor, ours: torch.Size, joint: bool) -> Tensor
     shape = (3 * rows if joint else rows, *rest)
     if name.rsplit(".", 2)[-2] in ("qkv", "proj_out") and name.endswith(".weight"):
         shape = (*shape, 1)
-    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+    if tuple(tensor.shape) != shape or tensor.dtype not in _DTYPES:
         raise CheckpointError(
             f"tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}",
-            why=f"the flags ask for floating-point numbers of shape {shape}",
-            fix="check that flags and weights belong together",
+            why="the flags ask for float32, float16 or bfloat16 numbers of shape "
+            f"{shape}",
+            fix=_FIX,
         )
     return tensor
 

@@ -1,0 +1,1 @@
+"""Checkpoints that other code trained, taken as they are."""
