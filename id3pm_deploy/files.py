@@ -15,7 +15,9 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,6 +87,87 @@ def atomic_path(path: Path, mode: int = 0o644) -> Iterator[Path]:
             temporary.unlink()
         if descriptor is not None:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def private_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``target`` that is removed when the block ends.
+
+    For libraries that leave files of their own where they write. What was killed in it
+    is removed by the next writer of ``target``.
+    """
+    remove_leftovers(target)
+    folder, descriptor = temporary_name(target), None
+    try:
+        folder.mkdir(mode=0o700)
+        descriptor = hold(folder)
+        yield folder
+    except OSError as error:
+        raise output_error(target, error) from error
+    finally:
+        remove(folder)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+class ScratchFile:
+    """A file without a name, for what is too large to be held in memory.
+
+    The system takes its space back when this object is gone, even if the process was
+    killed.
+
+    Args:
+        near: A path on the disk that is to be used; what is missing of it is not made.
+
+    Raises:
+        OutputError: There is no place for it.
+    """
+
+    def __init__(self, near: Path) -> None:
+        place = Path(os.path.abspath(near))
+        while not place.is_dir():
+            place = place.parent
+        try:
+            with tempfile.TemporaryFile(dir=place) as handle:
+                self._descriptor = os.dup(handle.fileno())
+        except OSError as error:
+            raise output_error(place, error) from error
+        weakref.finalize(self, os.close, self._descriptor)
+
+    @property
+    def path(self) -> Path:
+        """Where this process, and only it, can open the file by name."""
+        return Path(f"/dev/fd/{self._descriptor}")
+
+    @property
+    def size(self) -> int:
+        """Bytes in it."""
+        return os.fstat(self._descriptor).st_size
+
+    def write(self, pieces: Iterable[bytes]) -> None:
+        """Fill it.
+
+        Raises:
+            OutputError: The disk is full.
+        """
+        try:
+            with open(self.path, "wb") as handle:
+                for piece in pieces:
+                    handle.write(piece)
+        except OSError as error:
+            raise output_error(Path("a temporary file"), error) from error
+
+    def read(self) -> bytes:
+        """All of it."""
+        return self.path.read_bytes()
+
+    def sha256(self) -> str:
+        """SHA-256, as 64 hexadecimal digits."""
+        return sha256_of_file(self.path)
+
+    def copy_to(self, path: Path) -> None:
+        """Fill the existing file ``path`` with the same bytes."""
+        shutil.copyfile(self.path, path)
 
 
 def temporary_name(target: Path) -> Path:

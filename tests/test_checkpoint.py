@@ -20,6 +20,7 @@ from models import (
     tiny_network,
     tiny_spec,
 )
+from safetensors import SafetensorError
 
 from id3pm_deploy.checkpoint_config import (
     CONFIG_NAME,
@@ -28,6 +29,7 @@ from id3pm_deploy.checkpoint_config import (
     weights_sha256,
 )
 from id3pm_deploy.errors import CheckpointError, OutputError
+from id3pm_deploy.reference import checkpoint
 from id3pm_deploy.reference.checkpoint import load_checkpoint, save_checkpoint
 from id3pm_deploy.spec import DiffusionSpec
 
@@ -165,13 +167,15 @@ class TestSaving:
     ) -> None:
         """After the config, in the middle of the weights."""
 
-        def fill_up(path: Path, data: bytes) -> int:
-            with open(path, "wb") as handle:
-                handle.write(data[:1000])
-            raise OSError(errno.ENOSPC, "No space left on device")
+        def fill_up(tensors: Any, path: Path) -> None:
+            path.write_bytes(b"half")
+            raise SafetensorError(
+                "Error while serializing: I/O error: No space left on device "
+                f"(os error {errno.ENOSPC})"
+            )
 
         before = contents(folder)
-        monkeypatch.setattr(Path, "write_bytes", fill_up)
+        monkeypatch.setattr(checkpoint, "save_file", fill_up)
         other = dataclasses.replace(SPEC, title="never seen")
         with pytest.raises(OutputError, match=WEIGHTS_NAME) as caught:
             save_checkpoint(folder, other, tiny_network(SPEC, 1).state_dict())

@@ -190,7 +190,8 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "exactly one of num_heads",
     ),
     "short schedule": (set_in("schedule", "timesteps", to=1), "from 2 to 100000"),
-    "no identity": (set_in("identity", "dim", to=0), "identity dimension must be"),
+    "no identity": (set_in("identity", "dim", to=0), "unexpected: identity_projection"),
+    "less than none": (set_in("identity", "dim", to=-1), "identity dimension must be"),
     "another size": (set_in("identity", "dim", to=17), "identity_projection.weight"),
     "one more block": (set_in("model", "residual_blocks", to=2), "missing: unet.down"),
 }

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
-import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from ..backends.base import STEP_OUTPUTS
 from ..backends.onnxruntime import make_session
 from ..compare import Comparison, compare
-from ..errors import BuildError, ParityError, first_line
+from ..errors import ParityError
+from ..files import ScratchFile
+from ..reference.precision import body_in, exported_body
 from ..reference.unet import IdentityUNet
 from ..solvers import CLIP_COLUMN, NO_CLIP
 from ..spec import DiffusionSpec
+from .check_sizes import LARGE, TRACED, Size, checked_sizes, row_flops
 from .export_recipe import ExportRecipe
 from .graph_inputs import Arrays, dynamic_shapes, example_inputs, module_and_names
+from .onnx_graph import check_size, traced, write_checked
+from .widened import widened
 
-_TRACED = (2, 3)
-_CHECKED = ((1, 1), (1, 2), (2, 3), (3, 6), (5, 5))
 _GOLDEN = (2, 3)
 
 
@@ -43,105 +45,181 @@ class ExportedGraph:
         checked: The (B, R) that were run under ONNX Runtime.
     """
 
-    data: bytes
+    data: bytes | ScratchFile
     golden: Arrays
     nodes: int
     worst_error: float
-    checked: tuple[tuple[int, int], ...]
+    checked: tuple[Size, ...]
+
+    def read(self) -> bytes:
+        """The serialised ONNX model, in memory."""
+        return self.data if isinstance(self.data, bytes) else self.data.read()
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What PyTorch made of random inputs."""
+
+    size: Size
+    inputs: Arrays
+    expected: Arrays
 
 
 def export_graph(
-    network: IdentityUNet, spec: DiffusionSpec, recipe: ExportRecipe
+    network: IdentityUNet,
+    spec: DiffusionSpec,
+    recipe: ExportRecipe,
+    near: Path | None = None,
 ) -> ExportedGraph:
     """Export, check and compare a graph.
 
     The result passes onnx's full checker and agrees with PyTorch under ONNX Runtime
-    on several (B, R), most of which were not traced.
+    on several (B, R), most of which were not traced; on fewer where a UNet row is a
+    matter of seconds. The weights are in memory once, and the graph is in a file.
+
+    Args:
+        network: In float32.
+        spec: Facts of the model.
+        recipe: How to export.
+        near: A path on the disk that is to hold the file; None: temporary files'.
 
     Raises:
-        BuildError: The exporter or the checker refuses the model.
+        BuildError: The exporter or the checker refuses the model, or it is too large.
         ParityError: The graph computes something else than PyTorch.
+        OutputError: The disk is full.
     """
-    module, inputs, outputs = module_and_names(network, recipe)
-    proto = _traced(
-        module, example_inputs(spec, recipe, _TRACED), recipe, inputs, outputs
-    )
-    _strip_origin(proto)
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BuildError("the exported graph is not valid", why=str(error)) from error
-    data = proto.SerializeToString()
-    worst = _checked_against(module, data, spec, recipe, outputs)
-    golden = example_inputs(spec, recipe, _GOLDEN)
-    if recipe.graph == "step":
-        _clamp_at_half(module, golden)
-    expected = _run_torch(module, golden, outputs)
-    golden |= {f"expected.{name}": value for name, value in expected.items()}
-    return ExportedGraph(data, golden, len(proto.graph.node), worst, _CHECKED)
+    body = body_in(network, recipe.form)
+    # In float32 the oracle is the network as it is, and what is traced a form of it.
+    form = body if body is not network else exported_body(network, recipe.form)
+    check_size(form)
+    flops = row_flops(spec)
+    file = ScratchFile(near or Path(tempfile.gettempdir()))
+    nodes = _write_graph(form, spec, recipe, file)
+    del form
+    oracle = _Remembering(body, in_float32=flops > LARGE)
+    cases, golden = _run_oracle(oracle, spec, recipe, checked_sizes(flops))
+    del body, oracle
+    worst = _compared(file, cases, recipe)
+    sizes = tuple(case.size for case in cases)
+    return ExportedGraph(file, golden, nodes, worst, sizes)
 
 
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """The exporter speaks of packages we do not need and of its own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            torch.no_grad(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _traced(
-    module: nn.Module,
-    example: Arrays,
-    recipe: ExportRecipe,
-    inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
-) -> Any:
+def _write_graph(
+    body: IdentityUNet, spec: DiffusionSpec, recipe: ExportRecipe, file: ScratchFile
+) -> int:
+    """Write the graph of a network; returns its number of operators."""
+    module, inputs, outputs = module_and_names(body, recipe)
+    example = example_inputs(spec, recipe, TRACED)
     arguments = tuple(torch.from_numpy(example[name]) for name in inputs)
-    try:
-        with _quiet_exporter():
-            program = torch.onnx.export(
-                module,
-                arguments,
-                dynamo=True,
-                opset_version=recipe.opset,
-                input_names=list(inputs),
-                output_names=list(outputs),
-                dynamic_shapes=dynamic_shapes(recipe),
-                verbose=False,
-            )
-    except Exception as error:  # torch's exporter wraps failures of many kinds
-        raise BuildError(
-            "PyTorch cannot export this model to ONNX",
-            why=first_line(error),
-            fix="report it with the checkpoint's config.json",
-        ) from error
-    assert program is not None
-    return program.model_proto
+    dynamic = dynamic_shapes(recipe, inputs)
+    model = traced(module, arguments, inputs, outputs, dynamic, recipe.opset)
+    return write_checked(model, file)
 
 
-def _strip_origin(proto: Any) -> None:
-    """Remove what the exporter notes of the source code: stack traces with paths."""
-    del proto.metadata_props[:]
-    proto.doc_string = ""
-    graph = proto.graph
-    for item in (*graph.node, *graph.input, *graph.output, *graph.value_info):
-        del item.metadata_props[:]
-        item.doc_string = ""
-    for item in graph.initializer:
-        del item.metadata_props[:]
-        item.doc_string = ""
-    del graph.metadata_props[:]
-    del graph.value_info[:]
+class _Remembering(nn.Module):
+    """A network that is not run again for the inputs it was run for last: cases that
+    differ in the solver's part alone cost one run.
+
+    Args:
+        network: Any that :func:`module_and_names` takes.
+        in_float32: Let half precision be computed as :class:`_HalfInFloat32` does.
+    """
+
+    def __init__(self, network: IdentityUNet, *, in_float32: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.spec, self.identity_dim = network.spec, network.identity_dim
+        kinds = {weight.dtype for weight in network.parameters()}
+        half = bool(kinds - {torch.float32})
+        self.in_float32 = in_float32 and half
+        self.last: tuple[tuple[Tensor | None, ...], Tensor] | None = None
+        if half:  # their convolutions are a hundred times slower otherwise
+            cast(Any, network).to(memory_format=torch.channels_last)
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        """As the network's."""
+        if self.last is not None and _equal(self.last[0], inputs):
+            return self.last[1]
+        if self.in_float32:
+            with _HalfInFloat32():
+                out = self.network(*inputs)
+        else:
+            out = self.network(*inputs)
+        self.last = (inputs, out)
+        return cast(Tensor, out)
+
+
+def _equal(one: tuple[Tensor | None, ...], other: tuple[Tensor | None, ...]) -> bool:
+    return len(one) == len(other) and all(
+        a is b or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+class _HalfInFloat32(TorchFunctionMode):
+    """Convolutions and matrix products of half-precision tensors, summed in float32
+    and rounded once: what PyTorch's own do, at five times their speed on a CPU."""
+
+    _SUMS = frozenset(
+        [
+            functional.conv2d,
+            functional.linear,
+            torch.conv2d,
+            torch.matmul,
+            torch.bmm,
+            Tensor.matmul,
+            Tensor.__matmul__,
+            functional.scaled_dot_product_attention,
+        ]
+    )
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        found = [a.dtype for a in args if isinstance(a, Tensor)]
+        half = [d for d in found if d in (torch.float16, torch.bfloat16)]
+        if func not in self._SUMS or not half:
+            return func(*args, **(kwargs or {}))
+        wide = [a.float() if isinstance(a, Tensor) else a for a in args]
+        return func(*wide, **(kwargs or {})).to(half[0])
+
+
+def _run_oracle(
+    oracle: _Remembering,
+    spec: DiffusionSpec,
+    recipe: ExportRecipe,
+    sizes: tuple[Size, ...],
+) -> tuple[list[_Case], Arrays]:
+    """What PyTorch makes at these sizes, and golden data of one of them."""
+    body = cast(IdentityUNet, oracle)
+    module, _, outputs = module_and_names(body, recipe)
+    chosen = _GOLDEN if _GOLDEN in sizes else sizes[0]
+    cases, golden = [], {}
+    for size in sizes:
+        example = example_inputs(spec, recipe, size)
+        if recipe.graph == "step" and size[0] > 1:
+            example["step"][:, CLIP_COLUMN] = NO_CLIP
+        elif recipe.graph == "step":
+            _clamp_at_half(module, example)
+        cases.append(_Case(size, example, _run_torch(module, example, outputs)))
+        if size == chosen:
+            golden = _golden(module, example, outputs, recipe)
+    return cases, golden
+
+
+def _golden(
+    module: nn.Module, inputs: Arrays, outputs: tuple[str, ...], recipe: ExportRecipe
+) -> Arrays:
+    """Golden data on these inputs; x0 of a step is clamped in it."""
+    made = {name: array.copy() for name, array in inputs.items()}
+    if recipe.graph == "step":
+        _clamp_at_half(module, made)
+    expected = _run_torch(module, made, outputs)
+    return made | {f"expected.{name}": value for name, value in expected.items()}
 
 
 def _run_torch(
@@ -153,30 +231,24 @@ def _run_torch(
     return {n: t.numpy() for n, t in zip(outputs, tensors, strict=True)}
 
 
-def _checked_against(
-    module: nn.Module,
-    data: bytes,
-    spec: DiffusionSpec,
-    recipe: ExportRecipe,
-    outputs: tuple[str, ...],
-) -> float:
-    session = make_session(data, threads=0)
+def _compared(file: ScratchFile, cases: list[_Case], recipe: ExportRecipe) -> float:
+    """The largest error of a graph under ONNX Runtime.
+
+    Raises:
+        ParityError: It is past the recipe's tolerance.
+    """
+    bfloat16 = recipe.precision == "bfloat16"
+    session = make_session(widened(file.path) if bfloat16 else file.path, threads=0)
     names = [item.name for item in session.get_inputs()]
     worst = 0.0
-    for size in _CHECKED:
-        example = example_inputs(spec, recipe, size)
-        if recipe.graph == "step" and size[0] > 1:
-            example["step"][:, CLIP_COLUMN] = NO_CLIP
-        elif recipe.graph == "step":
-            _clamp_at_half(module, example)
-        expected = _run_torch(module, example, outputs)
-        made = session.run(None, {name: example[name] for name in names})
-        for name, actual in zip(outputs, made, strict=True):
-            found = _worst_sample(name, actual, expected[name])
+    for case in cases:
+        made = session.run(None, {name: case.inputs[name] for name in names})
+        for (name, expected), actual in zip(case.expected.items(), made, strict=True):
+            found = _worst_sample(name, actual, expected)
             if not found.passes(recipe.tolerance_step):
                 raise ParityError(
                     f"the exported graph differs from PyTorch in {name} at "
-                    f"B={size[0]}, R={size[1]}",
+                    f"B={case.size[0]}, R={case.size[1]}",
                     why=f"relative error {found.max_rel:.2e}, "
                     f"tolerance {recipe.tolerance_step:.0e}",
                     fix="report it with the checkpoint's config.json",

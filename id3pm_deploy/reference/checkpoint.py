@@ -5,6 +5,8 @@ Loading runs no code from the folder: JSON and safetensors only, never pickle.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Literal
 
 import safetensors
 import torch
-from safetensors.torch import save as tensors_to_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint_config import (
@@ -24,11 +26,20 @@ from ..checkpoint_config import (
     weights_sha256,
 )
 from ..errors import CheckpointError
-from ..files import atomic_path, json_text, make_folder, open_plain, write_bytes
+from ..files import (
+    atomic_path,
+    json_text,
+    make_folder,
+    open_plain,
+    output_error,
+    private_folder,
+)
 from ..spec import DiffusionSpec
 from .unet import IdentityUNet
 
 _STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ALIGNMENT = 4
+"""Bytes; safetensors files of other writers may start their numbers anywhere."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,9 @@ class Checkpoint:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Load a CHECKPOINT folder.
 
+    Weights that are stored in float32 are not copied: they are the file's own pages,
+    private to this process once it writes to them.
+
     Returns:
         The network in float32 and evaluation mode.
 
@@ -55,8 +69,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     tensors = _read_tensors(path)
     network = _empty_network(spec, folder / CONFIG_NAME)
     _check_tensors(tensors, network.state_dict(), path)
-    own = {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
-    network.load_state_dict(own, assign=True)
+    for name in tensors:
+        tensors[name] = _in_float32(tensors[name])
+    network.load_state_dict(tensors, assign=True)
     return Checkpoint(spec, network.eval(), weights_sha256(folder))
 
 
@@ -86,6 +101,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def _in_float32(tensor: Tensor) -> Tensor:
+    """The tensor itself where it is stored as the processor wants it."""
+    aligned = tensor.data_ptr() % _ALIGNMENT == 0
+    return tensor.to(torch.float32, copy=not aligned)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; takes no memory."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
 def _check_tensors(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path
 ) -> None:
@@ -109,7 +138,7 @@ def _check_tensors(
                 f"tensor {name} in {path} is stored as {tensor.dtype}",
                 fix="store it as float32 or float16",
             )
-        if not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise CheckpointError(
                 f"tensor {name} in {path} holds NaN or infinity",
                 fix="use an earlier checkpoint; this one has diverged",
@@ -142,15 +171,27 @@ def save_checkpoint(
     stored = {}
     for name, tensor in tensors.items():
         stored[name] = tensor.detach().to("cpu", dtype).contiguous()
-        if not torch.isfinite(stored[name]).all():
+        if not _is_finite(stored[name]):
             raise CheckpointError(
                 f"tensor {name} cannot be stored as {storage}",
                 why="it holds values beyond its range, or NaN",
                 fix="store as float32, or use an earlier state of the training",
             )
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, **spec.to_json()}
-    text, data = json_text(config), tensors_to_bytes(stored)
+    text = json_text(config)
     make_folder(folder)
     with atomic_path(folder / CONFIG_NAME) as config_file:
         config_file.write_text(text, encoding="utf-8")
-        write_bytes(folder / WEIGHTS_NAME, data)
+        _write_tensors(folder / WEIGHTS_NAME, stored)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file; its bytes are never in memory as a whole."""
+    with atomic_path(path) as temporary, private_folder(path) as work:
+        try:
+            save_file(tensors, work / path.name)
+        except safetensors.SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            found = (int(number[1]), os.strerror(int(number[1]))) if number else ()
+            raise output_error(path, OSError(*found)) from error
+        os.replace(work / path.name, temporary)
