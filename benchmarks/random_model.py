@@ -64,7 +64,8 @@ def channels_last(module: nn.Module) -> None:
 
 def exported(network: IdentityUNet, spec: DiffusionSpec, recipe: str) -> bytes:
     """The product's own export of the step graph, checked by it, as ONNX."""
-    return export_graph(network, spec, load_recipe("export", recipe, ExportRecipe)).data
+    made = export_graph(network, spec, load_recipe("export", recipe, ExportRecipe))
+    return made.read()
 
 
 def inputs(spec: DiffusionSpec, samples: int, unet_rows: int, seed: int = 0) -> Arrays:

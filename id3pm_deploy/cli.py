@@ -15,15 +15,20 @@ from .errors import Id3pmError
 _COMMANDS = {
     "demo": "Photo to identity to engine to pictures to parity page, in one go.",
     "train": "Train a CHECKPOINT on folders of faces.",
+    "import": "Import a guided-diffusion or diffusers model as a CHECKPOINT.",
     "embed": "Turn photos into identity vectors with a face recognition model.",
     "export": "Export a CHECKPOINT to an ONNX step graph in a BUNDLE.",
     "build-engine": "Compile a CHECKPOINT or a BUNDLE into an engine for a target.",
     "sample": "Make pictures of an identity.",
     "parity": "Compare an engine with the PyTorch reference, step by step.",
+    "bisect": "Find which modules have to stay in float32 in half precision.",
     "inspect": "Show what a CHECKPOINT, BUNDLE, picture or identity file holds.",
     "bundle": "Pack, unpack, verify, sign or migrate a BUNDLE; say whom you trust.",
     "doctor": "Show what is installed for each tier, and how to get what is missing.",
 }
+
+_MODULES = {"import": "import_checkpoint"}
+"""Where a command's name cannot be a module's."""
 
 
 class LazyGroup(click.Group):
@@ -41,7 +46,7 @@ class LazyGroup(click.Group):
         """Import the module of ``cmd_name`` and return its ``command``."""
         if cmd_name not in _COMMANDS:
             return None
-        name = cmd_name.replace("-", "_")
+        name = _MODULES.get(cmd_name, cmd_name.replace("-", "_"))
         module = importlib.import_module(f".commands.{name}", __package__)
         command: click.Command = module.command
         return command

@@ -20,6 +20,7 @@ SPACINGS = ("linspace", "linspace_open", "leading", "trailing")
 VARIANCES = ("learned", "fixed_small", "fixed_large")
 FINAL_ORDERS = ("lower", "full")
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
 
 SOLVER = "ddpm"
@@ -28,3 +29,9 @@ GUIDANCE = 2.0
 COUNT = 4
 BATCH_SIZE = 8
 MAX_BATCH_SIZE = 64
+
+SR_SOLVER = "ddpm"
+SR_STEPS = 50
+SR_GUIDANCE = 1.0
+SR_BATCH_SIZE = 1
+"""Of a second stage. guided-diffusion's own setting is 250 steps of this solver."""

@@ -17,7 +17,14 @@ import numpy.typing as npt
 
 from . import __version__, defaults
 from .backends.base import Engine
-from .errors import InputError, NonFiniteError, OutputError
+from .enlarging import (
+    Enlarging,
+    GivenPictures,
+    enlarged_mark,
+    low_res_from_pixels,
+    noise_stage,
+)
+from .errors import IdentityError, InputError, NonFiniteError, OutputError
 from .files import make_folder, write_json
 from .guidance import GuidanceSettings
 from .identity.vectors import IdentityFile, check_identities, normalise_identities
@@ -71,7 +78,8 @@ class SampleSettings:
 class Conditions:
     """Normalised identity vectors, one a picture, and whose they are.
 
-    ``ids`` are the identity file's random ids, or ``unconditional``.
+    ``ids`` are the identity file's random ids, or ``unconditional``. The vectors of a
+    model without identity are [n, 0].
     """
 
     identity: Float32
@@ -84,8 +92,15 @@ def conditions(
     """``count`` pictures of every identity in ``file``; None means unconditional.
 
     Raises:
-        IdentityError: The vectors are of another FR model or dimension.
+        IdentityError: The vectors are of another FR model or dimension, or the model
+            takes none.
     """
+    if file is not None and not spec.identity.dim:
+        raise IdentityError(
+            "this model was trained without identities",
+            why="its pictures are of nobody, whatever vectors it would be given",
+            fix="leave out the identities, and say with --count how many pictures",
+        )
     if file is None:
         zeros = np.zeros((count, spec.identity.dim), dtype=np.float32)
         return Conditions(zeros, ("unconditional",) * count)
@@ -125,6 +140,7 @@ def make_pictures(
     settings: SampleSettings,
     wanted: Conditions,
     on_row: Callable[[int], None] | None = None,
+    low_res: Float32 | None = None,
 ) -> Pictures:
     """Sample every condition; the engine must be entered.
 
@@ -134,13 +150,15 @@ def make_pictures(
         settings: Solver, guidance, seed, batch size.
         wanted: One condition a picture.
         on_row: Called after each table row of each batch, with its number.
+        low_res: [n, C, h, w] float32, what a super-resolution model enlarges.
     """
     table = solver_table(model.spec, settings.solver)
     job = SampleJob(
         wanted.identity,
         table,
         settings.guidance,
-        SeededNoise(settings.seed),
+        SeededNoise(settings.seed, noise_stage(model.spec)),
+        low_res=low_res,
     )
     begun = time.perf_counter()
     pixels, failed = [], []
@@ -187,6 +205,8 @@ def sample_to_folder(
     settings: SampleSettings,
     wanted: Conditions,
     *,
+    second: Enlarging | None = None,
+    given: GivenPictures | None = None,
     force: bool = False,
 ) -> tuple[Pictures, dict[str, Any]]:
     """Sample and write pictures, sheet and run record, with a progress bar.
@@ -197,21 +217,57 @@ def sample_to_folder(
         engine: Not yet entered.
         settings: How.
         wanted: One condition a picture.
+        second: What enlarges the pictures; only large ones are written then.
+        given: What ``model`` itself enlarges, one a condition.
         force: Replace an earlier run in ``out``.
 
-    Returns:
-        The pictures and the run record.
+    Returns the pictures and the run record.
 
     Raises:
         InputError, OutputError, EngineError, NonFiniteError: See the parts.
     """
     check_output(out, force=force)
-    batches = -(-len(wanted.ids) // settings.batch_size)
-    rows = len(solver_table(model.spec, settings.solver))
-    with engine, progress(batches * rows, "sampling") as tick:
-        made = make_pictures(engine, model, settings, wanted, lambda _: tick())
-        record = save_pictures(out, made, settings, engine, model, wanted, force=force)
+    rows = _table_rows(model, settings, wanted)
+    if second is not None:
+        rows += _table_rows(second.model, second.settings, second.wanted)
+    small = None if given is None else given.low_res
+    with progress(rows, "sampling") as tick:
+        with engine:
+            made = make_pictures(
+                engine, model, settings, wanted, lambda _: tick(), small
+            )
+        record = _record(made, settings, engine, model)
+        if given is not None and not given.generated:
+            marks = (dataclasses.replace(m, composite=True) for m in made.marks)
+            made = dataclasses.replace(made, marks=tuple(marks))
+        if second is not None:
+            made, own = _enlarged(made, second, lambda _: tick())
+            record["super_resolution"] = own
+    record["samples"] = [
+        {"sample": index, "identity": who, "failed": bool(bad)}
+        for index, (who, bad) in enumerate(zip(wanted.ids, made.failed, strict=True))
+    ]
+    save_pictures(out, made, record, columns=settings.count, force=force)
     return made, record
+
+
+def _table_rows(model: Model, settings: SampleSettings, wanted: Conditions) -> int:
+    table = solver_table(model.spec, settings.solver)
+    return len(table) * -(-len(wanted.ids) // settings.batch_size)
+
+
+def _enlarged(
+    made: Pictures, second: Enlarging, on_row: Callable[[int], None]
+) -> tuple[Pictures, dict[str, Any]]:
+    """The large pictures, and the second stage's part of the run record."""
+    small = low_res_from_pixels(made.pixels)
+    chosen, wanted = second.settings, second.wanted
+    with second.open_engine() as engine:
+        large = make_pictures(engine, second.model, chosen, wanted, on_row, small)
+    record = _stage_record(large, chosen, engine, second.model)
+    marks = map(enlarged_mark, made.marks, large.marks)
+    failed = made.failed | large.failed
+    return dataclasses.replace(large, marks=tuple(marks), failed=failed), record
 
 
 def check_output(out: Path, *, force: bool) -> None:
@@ -226,7 +282,7 @@ def check_output(out: Path, *, force: bool) -> None:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file", fix="choose another --out")
     if out.is_dir() and any(out.iterdir()):
-        if not _is_run(out):
+        if not is_run(out):
             raise InputError(
                 f"{out} is not empty and no earlier run's folder",
                 fix="choose another --out",
@@ -244,7 +300,7 @@ def check_output(out: Path, *, force: bool) -> None:
         )
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Whether ``folder`` holds what :func:`save_pictures` wrote."""
     try:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
@@ -256,19 +312,21 @@ def _is_run(folder: Path) -> bool:
 def save_pictures(
     out: Path,
     pictures: Pictures,
-    settings: SampleSettings,
-    engine: Engine,
-    model: Model,
-    wanted: Conditions,
+    record: dict[str, Any],
     *,
+    columns: int,
     force: bool = False,
-) -> dict[str, Any]:
+) -> None:
     """Write PNGs, contact sheet and run record to ``out``, all or nothing.
 
     They are written to a folder beside it, which then takes its place.
 
-    Returns:
-        The run record.
+    Args:
+        out: Folder; see :func:`check_output`.
+        pictures: What was made.
+        record: What to write as the run record.
+        columns: Pictures of one identity, which stand in a row on the sheet.
+        force: Replace an earlier run in ``out``.
 
     Raises:
         NonFiniteError: A sample failed; the others were written.
@@ -276,23 +334,23 @@ def save_pictures(
     """
     make_folder(Path(os.path.abspath(out)).parent)
     with staged_folder(out) as staging:
-        record = _record(pictures, settings, engine, model, wanted)
         good = np.flatnonzero(~pictures.failed)
         for index in good:
             path = staging / f"sample-{index:05d}.png"
             save_png(path, pictures.pixels[index], pictures.marks[index])
         if len(good):
-            _save_sheet(staging / SHEET_NAME, pictures, good, settings.count)
+            _save_sheet(staging / SHEET_NAME, pictures, good, columns)
         write_json(staging / RECORD_NAME, record)
         check_output(out, force=force)
     if pictures.failed.any():
         bad = ", ".join(map(str, np.flatnonzero(pictures.failed)))
+        mark = pictures.marks[0]
+        ran = " and ".join(filter(None, (mark.precision, mark.sr_precision)))
         raise NonFiniteError(
             f"samples {bad} were not finite and were not written",
-            why=f"the network produced NaN or infinity in {engine.info.precision}",
+            why=f"the network produced NaN or infinity in {ran}",
             fix="try a float32 engine, fewer guidance or more steps",
         )
-    return record
 
 
 def _save_sheet(
@@ -308,33 +366,34 @@ def _save_sheet(
 
 
 def _record(
-    pictures: Pictures,
-    settings: SampleSettings,
-    engine: Engine,
-    model: Model,
-    wanted: Conditions,
+    pictures: Pictures, settings: SampleSettings, engine: Engine, model: Model
 ) -> dict[str, Any]:
     """Everything needed to make the pictures again, and nothing of the identities but
     the random ids of their file."""
+    own = _stage_record(pictures, settings, engine, model)
     return {
         "format": _RECORD_FORMAT,
         "format_version": 1,
         "tool_version": __version__,
+        **own,
+        "seed": settings.seed,
+        "count": settings.count,
+        "machine": platform.machine(),
+        "low_res": "given" if model.spec.model.low_res_size else None,
+        "super_resolution": None,
+    }
+
+
+def _stage_record(
+    pictures: Pictures, settings: SampleSettings, engine: Engine, model: Model
+) -> dict[str, Any]:
+    return {
         "checkpoint": model.title,
         "checkpoint_sha256": model.weights_sha256,
         "solver": dataclasses.asdict(pictures.table.settings),
         "guidance": dataclasses.asdict(settings.guidance),
-        "seed": settings.seed,
-        "count": settings.count,
         "batch_size": settings.batch_size,
         "engine": dataclasses.asdict(engine.info),
-        "machine": platform.machine(),
         "seconds": round(pictures.seconds, 4),
         "table_rows": len(pictures.table),
-        "samples": [
-            {"sample": index, "identity": who, "failed": bool(bad)}
-            for index, (who, bad) in enumerate(
-                zip(wanted.ids, pictures.failed, strict=True)
-            )
-        ],
     }

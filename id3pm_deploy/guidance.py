@@ -216,9 +216,16 @@ def guidance_plan(
         timesteps: [N], training timesteps of the table rows, first executed first.
 
     Raises:
-        InputError: See :func:`guidance_scales`.
+        InputError: See :func:`guidance_scales`; or the model has no identity (D = 0)
+            and a scale is not 1.
     """
     scales = guidance_scales(settings, timesteps)
+    if not identity.shape[1] and (scales != 1).any():
+        raise InputError(
+            "a model without identity cannot be guided",
+            why=f"the guidance scale is {scales.max():g}",
+            fix="use the scale 1",
+        )
     rescale = np.where(scales == 1, 0, settings.rescale).astype(np.float32)
     if not identity.any():
         scales = np.ones_like(scales)

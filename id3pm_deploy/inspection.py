@@ -43,12 +43,14 @@ def _bundle_facts(path: Path) -> dict[str, Any]:
     from .bundle.verification import verify_path
 
     found = verify_path(path).to_json()
+    manifest = open_bundle(path).manifest
     return {
         "kind": "bundle",
+        "stages": list(manifest.stages),
         "files_verified": True,
         "signature": found["signature"],
         "plans": found["plans"],
-        **open_bundle(path).manifest.to_json(),
+        **manifest.to_json(),
     }
 
 
@@ -85,7 +87,7 @@ def _identity_facts(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SelfTests:
-    """Self-tests of a bundle's engines, by target.
+    """Self-tests of a bundle's engines, by label.
 
     Attributes:
         errors: Relative error; None for an engine that was not run.
@@ -115,19 +117,21 @@ def self_tests(path: Path, *, trust: bool = False) -> SelfTests:
         raise InputError(f"{path} is not a BUNDLE", fix="self-tests need a bundle")
     model = open_model(path)
     assert model.bundle is not None
-    graphs = {graph.file: graph for graph in model.bundle.manifest.graphs}
+    stages = {one.stage: one for one in (model, model.second_stage) if one}
+    graphs = {(g.stage, g.file): g for g in model.bundle.manifest.graphs}
     found = SelfTests({}, {})
     for entry in model.bundle.manifest.engines:
-        graph = graphs[entry.graph]
+        graph = graphs[entry.stage, entry.graph]
         reason = _why_not_run(model.bundle, entry, trust)
         if graph.kind != "step":
             reason = "its graph is not a step graph"
         if reason:
-            found.errors[entry.target] = None
-            found.not_run[entry.target] = reason
+            found.errors[entry.label] = None
+            found.not_run[entry.label] = reason
             continue
-        with open_engine(model, "onnxruntime", precision=graph.precision) as engine:
-            found.errors[entry.target] = self_test(engine, model.bundle, graph)
+        own = stages[entry.stage]
+        with open_engine(own, "onnxruntime", precision=graph.precision) as engine:
+            found.errors[entry.label] = self_test(engine, model.bundle, graph)
     return found
 
 

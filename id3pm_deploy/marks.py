@@ -43,7 +43,13 @@ _TEXTS = (
     "precision",
     "checkpoint",
     "guidance_schedule",
+    "sr_solver",
+    "sr_backend",
+    "sr_precision",
+    "sr_checkpoint",
 )
+_COUNTS = ("seed", "sample", "steps", "sr_steps")
+_PLAIN_NUMBERS = ("guidance", "guidance_rescale", "sr_guidance")
 _LONGEST_TEXT = 200
 _LARGEST_PACKET = 1 << 16
 
@@ -60,8 +66,9 @@ class PictureMark:
     """How a picture was made, and that it was made; written into its PNG.
 
     ``sample`` is None on a sheet of several samples; ``composite`` says that a photo is
-    on it as well. ``checkpoint`` is a title, never a path. Of a list of guidance scales
-    the largest is kept, and ``listed`` as the schedule. What has a default and is at it
+    on it as well. ``checkpoint`` is a title, never a path. What begins with ``sr_``
+    says how a second model enlarged the picture. Of a list of guidance scales the
+    largest is kept, and ``listed`` as the schedule. What has a default and is at it
     is not written. Text is reduced to one line of at most 200 characters that XML can
     hold.
 
@@ -83,6 +90,12 @@ class PictureMark:
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
     composite: bool = False
+    sr_solver: str = ""
+    sr_steps: int = 0
+    sr_guidance: float = 1.0
+    sr_backend: str = ""
+    sr_precision: str = ""
+    sr_checkpoint: str = ""
 
     def __post_init__(self) -> None:
         for name in _TEXTS:
@@ -90,9 +103,10 @@ class PictureMark:
         guidance = (
             self.guidance,
             self.guidance_rescale,
+            self.sr_guidance,
             *(self.guidance_interval or ()),
         )
-        numbers = (self.seed, self.sample or 0, self.steps - 1)
+        numbers = (self.seed, self.sample or 0, self.steps - 1, self.sr_steps)
         if min(numbers) < 0 or not all(map(math.isfinite, guidance)):
             raise InputError(
                 "a picture's mark has a number that is out of range",
@@ -216,7 +230,7 @@ def _mark_from_text(text: dict[str, str], *, composite: bool) -> PictureMark:
 
 
 def _value_from_text(name: str, value: str) -> Any:
-    if name in ("seed", "sample", "steps"):
+    if name in _COUNTS:
         if not re.fullmatch("[0-9]{1,39}", value):
             raise ValueError(f"its {name} is no whole number")
         return int(value)
@@ -224,4 +238,4 @@ def _value_from_text(name: str, value: str) -> Any:
         if len(ends := value.split()) != 2:
             raise ValueError(f"its {name} is not two numbers")
         return float(ends[0]), float(ends[1])
-    return float(value) if name in ("guidance", "guidance_rescale") else value
+    return float(value) if name in _PLAIN_NUMBERS else value

@@ -1,4 +1,4 @@
-"""What ``sample`` and ``parity`` are pointed at: a CHECKPOINT or a BUNDLE.
+"""What ``sample`` and ``parity`` are pointed at: a CHECKPOINT, or a stage of a BUNDLE.
 
 Only the tier that is needed is imported: a bundle on a device loads no torch.
 """
@@ -12,21 +12,30 @@ from typing import cast, get_args
 
 from .backends.base import Engine, step_shapes
 from .body_form import BodyForm, Precision
-from .bundle import Bundle, GraphEntry, is_bundle, open_bundle
+from .bundle import (
+    BASE,
+    SUPER_RESOLUTION,
+    Bundle,
+    GraphEntry,
+    is_bundle,
+    open_bundle,
+)
 from .checkpoint_config import is_checkpoint, load_spec, weights_sha256
 from .defaults import BACKENDS
 from .errors import EngineError, InputError
 from .optional import require
-from .spec import DiffusionSpec
+from .spec import DiffusionSpec, check_chain
 
 
 @dataclass(frozen=True)
 class Model:
-    """An opened CHECKPOINT or BUNDLE; ``bundle`` is None for a checkpoint."""
+    """An opened CHECKPOINT or a stage of a BUNDLE; ``bundle`` is None for a
+    checkpoint."""
 
     path: Path
     spec: DiffusionSpec
     bundle: Bundle | None
+    stage: str = BASE
 
     @property
     def title(self) -> str:
@@ -37,8 +46,18 @@ class Model:
     def weights_sha256(self) -> str:
         """SHA-256 of the checkpoint's weights file."""
         if self.bundle is not None:
-            return self.bundle.manifest.checkpoint_sha256
+            return self.bundle.manifest.stages[self.stage].checkpoint_sha256
         return weights_sha256(self.path)
+
+    @property
+    def second_stage(self) -> Model | None:
+        """The super-resolution model that the same BUNDLE holds behind this one."""
+        if self.bundle is None or self.stage != BASE:
+            return None
+        found = self.bundle.manifest.super_resolution
+        if found is None:
+            return None
+        return Model(self.path, found.diffusion, self.bundle, SUPER_RESOLUTION)
 
 
 def open_model(path: Path) -> Model:
@@ -65,6 +84,29 @@ def open_model(path: Path) -> Model:
     )
 
 
+def open_second_stage(model: Model, path: Path | None) -> Model | None:
+    """What enlarges the pictures of ``model``: the model at ``path``, or the one that
+    its own BUNDLE holds; None where there is neither.
+
+    Raises:
+        InputError: It cannot enlarge what ``model`` makes, or there are two.
+        CheckpointError, BundleError: It is damaged.
+        EngineError: A bundle holds no graph of it.
+    """
+    own = model.second_stage
+    if path is not None and own is not None:
+        raise InputError(
+            "the BUNDLE has a second stage of its own",
+            fix="leave out --super-resolution",
+        )
+    second = own if path is None else open_model(path)
+    if second is not None:
+        check_chain(model.spec, second.spec)
+        if second.bundle is not None:
+            bundle_graph(second.bundle, None, second.stage)
+    return second
+
+
 def open_engine(
     model: Model,
     backend: str = "auto",
@@ -80,8 +122,8 @@ def open_engine(
         model: An opened model.
         backend: ``onnxruntime`` (a bundle), ``torch`` (a checkpoint), or ``auto`` for
             the one that fits.
-        precision: ``float32`` or ``float16``; None takes the bundle's engine's, or
-            float32.
+        precision: ``float32``, ``float16`` or ``bfloat16``; None takes the bundle's
+            engine's, or float32.
         threads: CPU threads; 0 leaves the recipe's or the runtime's choice.
         device: A torch device, for the torch backend.
         trust: The user answers for a plan that was neither built here nor signed.
@@ -114,7 +156,8 @@ def _tensorrt_engine(model: Model, trust: bool) -> Engine:
     from .bundle.trust import check_plan_trusted
 
     if model.bundle is not None:
-        for entry in model.bundle.manifest.plans:
+        plans = model.bundle.manifest.plans
+        for entry in (plan for plan in plans if plan.stage == model.stage):
             check_plan_trusted(model.bundle, entry, trust=trust)
     raise EngineError(
         "this release builds TensorRT plans but has no runtime for them yet",
@@ -143,23 +186,30 @@ def _torch_engine(model: Model, precision: str, threads: int, device: str) -> En
     return TorchEngine(checkpoint.network, shapes, form, device)
 
 
-def bundle_graph(bundle: Bundle, precision: str | None) -> GraphEntry:
-    """The step graph of ``precision``, or of the bundle's ONNX Runtime engine.
+def bundle_graph(
+    bundle: Bundle, precision: str | None, stage: str = BASE
+) -> GraphEntry:
+    """The step graph of ``precision``, or of the stage's ONNX Runtime engine.
 
     Raises:
         EngineError: The bundle holds no such graph.
     """
     wanted = precision
     if wanted is None:
-        fitting = [e for e in bundle.manifest.engines if e.backend == "onnxruntime"]
-        wanted = fitting[0].precision if fitting else None
-    for kind in (wanted,) if wanted else ("float32", "float16"):
-        graph = bundle.graph("step", kind)
+        fitting = [
+            entry.precision
+            for entry in bundle.manifest.engines
+            if (entry.backend, entry.stage) == ("onnxruntime", stage)
+        ]
+        wanted = fitting[0] if fitting else None
+    for kind in (wanted,) if wanted else get_args(Precision):
+        graph = bundle.graph("step", kind, stage)
         if graph is not None:
             return graph
-    there = ", ".join(f"{g.kind} {g.precision}" for g in bundle.manifest.graphs)
+    graphs = [g for g in bundle.manifest.graphs if g.stage == stage]
+    there = ", ".join(f"{g.kind} {g.precision}" for g in graphs)
     raise EngineError(
-        f"{bundle.folder} holds no step graph for ONNX Runtime",
+        f"{bundle.folder} holds no step graph of the stage {stage} for ONNX Runtime",
         why=f"wanted {wanted or 'any'}; graphs in it: {there or 'none'}",
         fix="build it with `id3pm-deploy build-engine CHECKPOINT --target cpu`",
     )
@@ -173,7 +223,7 @@ def _onnxruntime_engine(model: Model, precision: str | None, threads: int) -> En
         )
     from .backends.onnxruntime import OnnxRuntimeEngine
 
-    graph = bundle_graph(model.bundle, precision)
+    graph = bundle_graph(model.bundle, precision, model.stage)
     engines = model.bundle.manifest.engines
     if not threads:
         wanted = next((e.threads for e in engines if e.graph == graph.file), 0)

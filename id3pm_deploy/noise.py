@@ -16,6 +16,8 @@ import numpy.typing as npt
 from .errors import InputError
 
 Float32 = npt.NDArray[np.float32]
+BASE_STAGE, SUPER_RESOLUTION_STAGE = 0, 1
+"""Stages of a chain, so that its two models never see the same noise."""
 _MAX_WORD = 1 << 64
 
 

@@ -59,6 +59,8 @@ class SampleJob:
         guidance: How strongly the samples are guided, and when.
         noise: Noise source; sample i of the job is sample ``first_sample + i``.
         first_sample: Index of the job's first sample.
+        low_res: [n, C, h, w] float32 in [-1, 1], what a super-resolution model
+            enlarges, one a sample; None for all other models.
     """
 
     identity: Float32
@@ -66,6 +68,7 @@ class SampleJob:
     guidance: GuidanceSettings
     noise: NoiseSource
     first_sample: int = 0
+    low_res: Float32 | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,10 @@ def walk(engine: Engine, job: SampleJob, samples: Sequence[int]) -> Iterator[int
     plan = guidance_plan(identity, job.guidance, job.table.timesteps)
     now = plan.index[0]
     x_t = job.noise.start(numbers, shape) * np.float32(job.table.x_scale)
-    engine.begin(x_t, plan.tables[now])
+    small = job.low_res
+    if small is not None:
+        small = np.ascontiguousarray(small[list(samples)])
+    engine.begin(x_t, plan.tables[now], small)
     for j, values in enumerate(step_rows(job.table, plan)):
         if plan.index[j] != now:
             now = plan.index[j]
@@ -167,6 +173,11 @@ def sample_batches(
         raise InputError(
             f"identity vectors must be [n, {engine.shapes.identity_dim}]",
             why=f"they are {list(job.identity.shape)}",
+        )
+    if job.low_res is not None and len(job.low_res) != len(job.identity):
+        raise InputError(
+            "there must be one small picture for each sample",
+            why=f"{len(job.low_res)} pictures, {len(job.identity)} samples",
         )
     for start in range(0, len(job.identity), batch_size):
         chosen = range(start, min(start + batch_size, len(job.identity)))

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import STEP_INPUTS, Engine
+from .backends.base import STEP_INPUTS, Engine, Float32
 from .bundle import GraphEntry
 from .compare import Comparison, compare
 from .errors import BundleError, ParityError
@@ -23,6 +23,8 @@ from .tolerances import CEILINGS
 
 Arrays = dict[str, npt.NDArray[Any]]
 
+_NOT_ALWAYS = ("identity", "low_res")
+"""Inputs that some models do not have."""
 _EXPECTED = ("expected.state_next", "expected.x0", "expected.finite")
 _FIX = "copy the bundle again or rebuild it; do not use this file"
 
@@ -46,7 +48,8 @@ def load_golden(bundle: Readable, graph: GraphEntry) -> Arrays:
 
     Returns:
         The graph's inputs, and its outputs as ``expected.NAME``: int32 ``row``, all
-        others float32, of sizes B and R that agree.
+        others float32, of sizes B and R that agree. ``identity`` and ``low_res`` are
+        there if the file has them.
 
     Raises:
         BundleError: It is damaged, or lacks an array, or one is of a wrong shape.
@@ -66,22 +69,22 @@ def load_golden(bundle: Readable, graph: GraphEntry) -> Arrays:
 
 def _read_arrays(reader: NpzReader) -> Arrays:
     wanted = (*STEP_INPUTS, *_EXPECTED)
-    if missing := [name for name in wanted if name not in reader.names]:
+    absent = [name for name in wanted if name not in reader.names]
+    if missing := [name for name in absent if name not in _NOT_ALWAYS]:
         raise BundleError(
             f"the bundle's golden data lacks {', '.join(missing)}", fix=_FIX
         )
-    return {name: reader.read(name) for name in wanted}
+    return {name: reader.read(name) for name in wanted if name not in absent}
 
 
 def _check_shapes(arrays: Arrays) -> None:
-    state, row, identity = (arrays[name] for name in ("state", "row", "identity"))
-    if state.ndim != 5 or row.ndim != 1 or identity.ndim != 2 or not row.size:
-        raise _unfit("state, row or identity", state.shape, row.shape, identity.shape)
+    state, row = arrays["state"], arrays["row"]
+    if state.ndim != 5 or row.ndim != 1 or not row.size:
+        raise _unfit("state or row", state.shape, row.shape)
     samples, rows, picture = state.shape[1], len(row), state.shape[1:]
     shapes: dict[str, tuple[int, ...]] = {
         "state": (STATE_SLOTS, *picture),
         "noise": picture,
-        "identity": (rows, identity.shape[1]),
         "row": (rows,),
         "mix": (2, samples, rows),
         "step": (samples, _width(arrays["step"])),
@@ -89,6 +92,11 @@ def _check_shapes(arrays: Arrays) -> None:
         "expected.x0": picture,
         "expected.finite": (rows,),
     }
+    if "identity" in arrays:
+        shapes["identity"] = (rows, *arrays["identity"].shape[1:2])
+    if "low_res" in arrays:
+        small = arrays["low_res"].shape[2:]
+        shapes["low_res"] = (samples, picture[1], *small[:1], *small[:1])
     for name, shape in shapes.items():
         kind = np.int32 if name == "row" else np.float32
         if arrays[name].shape != shape or arrays[name].dtype != kind or 0 in shape:
@@ -120,11 +128,23 @@ def run_golden(engine: Engine, golden: Arrays) -> Comparison:
     Raises:
         EngineError: The golden data does not fit the engine.
     """
-    guidance = GuidanceTable(golden["row"], golden["identity"], golden["mix"])
-    engine.begin(np.ascontiguousarray(golden["state"][0]), guidance)
+    begin_golden(engine, golden)
     engine.load_state(golden["state"])
     engine.run_row(golden["step"], golden["noise"])
     return compare(engine.state(), golden["expected.state_next"])
+
+
+def begin_golden(engine: Engine, golden: Arrays) -> None:
+    """Begin a trajectory with the golden data's inputs.
+
+    Raises:
+        EngineError: The golden data does not fit the engine.
+    """
+    row: npt.NDArray[np.int32] = golden["row"]
+    nobody: Float32 = np.zeros((len(row), 0), np.float32)
+    guidance = GuidanceTable(row, golden.get("identity", nobody), golden["mix"])
+    x_t = np.ascontiguousarray(golden["state"][0])
+    engine.begin(x_t, guidance, golden.get("low_res"))
 
 
 def self_test(engine: Engine, bundle: Readable, graph: GraphEntry) -> float:

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError
 
 PredictionType = Literal["epsilon", "x0", "v"]
 Normalisation = Literal["raw", "unit", "unit_sqrt_dim"]
@@ -197,6 +197,38 @@ class DiffusionSpec:
         """Names of the facts in which two functions differ, as ``model.num_heads``."""
         ours, theirs = _flat(self.function()), _flat(other.function())
         return [name for name in ours if ours[name] != theirs[name]]
+
+
+def check_chain(base: DiffusionSpec, second: DiffusionSpec) -> None:
+    """Refuse a super-resolution model that cannot enlarge what a base model makes.
+
+    Raises:
+        InputError: The second one does not enlarge, the first one does, or sizes,
+            channels or FR models differ.
+    """
+    small, large = base.model, second.model
+    what, why = "", ""
+    if large.low_res_size is None:
+        what, why = "the second stage is no super-resolution model", "no low_res_size"
+    elif small.low_res_size is not None:
+        what, why = "the base is itself a super-resolution model", "it needs pictures"
+    elif large.low_res_size != small.image_size:
+        what = "the second stage enlarges pictures of another size"
+        why = f"it takes {large.low_res_size}, the base makes {small.image_size}"
+    elif large.image_channels != small.image_channels:
+        what = "the two stages have different numbers of image channels"
+        why = f"{small.image_channels} and {large.image_channels}"
+    elif second.identity.dim and _whose(second) != _whose(base):
+        what = "the two stages take identities of different FR models"
+        why = f"{_whose(base)} and {_whose(second)}"
+    if what:
+        raise InputError(what, why=why, fix="give two models of one chain")
+
+
+def _whose(spec: DiffusionSpec) -> tuple[object, ...]:
+    """Whose identity vectors a model takes; how it scales them is its own affair."""
+    identity = spec.identity
+    return identity.dim, identity.model_name, identity.model_sha256
 
 
 def _flat(spec: DiffusionSpec) -> dict[str, Any]:

@@ -12,14 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from id3pm_deploy.bundle import (
+    BASE,
     MANIFEST_NAME,
+    SUPER_RESOLUTION,
     Bundle,
     EngineEntry,
     GraphEntry,
+    SecondStage,
     open_bundle,
 )
 from id3pm_deploy.bundle.writer import BundleWriter, bundle_writer
-from id3pm_deploy.spec import DiffusionSpec, IdentitySpec, ModelSpec
+from id3pm_deploy.spec import (
+    NO_IDENTITY,
+    DiffusionSpec,
+    IdentitySpec,
+    ModelSpec,
+    ScheduleSpec,
+)
 
 SHA = "0" * 64
 SPEC = DiffusionSpec(
@@ -87,44 +96,95 @@ def edit_manifest(folder: Path, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(values))
 
 
+def chain_specs(**second: Any) -> tuple[DiffusionSpec, DiffusionSpec]:
+    """A base of 16x16 pictures without identity, and what enlarges them to 32x32.
+
+    Args:
+        second: Fields of the second one's ModelSpec to change.
+    """
+    base = dataclasses.replace(SPEC, identity=NO_IDENTITY)
+    model = dataclasses.replace(SPEC.model, image_size=32, low_res_size=16)
+    large = dataclasses.replace(model, **second)
+    return base, dataclasses.replace(base, model=large, schedule=ScheduleSpec("linear"))
+
+
+def write_chain(folder: Path) -> Bundle:
+    """A bundle of two stages, with a graph and an engine each."""
+    base, large = chain_specs()
+    second = SecondStage(large, "1" * 64)
+    writer = bundle_writer(folder, base, SHA, "0", second)
+    for stage in (BASE, SUPER_RESOLUTION):
+        file = writer.add_file("step-float32", ".onnx", stage.encode())
+        golden = writer.add_file("golden", ".npz", b"golden")
+        entry = dataclasses.replace(GRAPH, file=file, golden=golden, stage=stage)
+        writer.add_graph(entry)
+        engine = new_engine("cpu", file)
+        writer.add_engine(dataclasses.replace(engine, stage=stage))
+    return writer.commit()
+
+
 def write_golden(folder: Path) -> Bundle:
-    """The golden bundle of format version 2, from fixed inputs; not signed."""
+    """The golden bundle of format version 3, from fixed inputs; not signed."""
     origin = {"steps": 3, "σ": [0.5, 1e-9]}
     spec = dataclasses.replace(SPEC, title="golden", origin=origin)
-    writer = bundle_writer(folder, spec, "ab" * 32, "0.1.0")
+    large = dataclasses.replace(chain_specs()[1], title="golden, enlarged")
+    second = SecondStage(large, "cd" * 32)
+    writer = bundle_writer(folder, spec, "ab" * 32, "0.1.0", second)
     made_with = {"id3pm-deploy": "0.1.0", "torch": "2.13.0"}
     step = writer.add_file("step-float16", ".onnx", bytes(range(256)) * 3)
     unet = writer.add_file("unet-float32", ".onnx", b"a bare UNet" * 50)
+    large_step = writer.add_file("sr-step-bfloat16", ".onnx", b"a larger one" * 40)
     golden = writer.add_file("golden", ".npz", b"")
     plan = writer.add_file("rtx", ".plan", b"native code" * 47)
+    large_plan = writer.add_file("rtx", ".plan", b"more of it" * 40)
     entry = GraphEntry(step, "step", "float16", 20, 4, 32, 1 / 3e4, 0.01, 0.05, golden)
-    writer.add_graph(dataclasses.replace(entry, recipe="float16", made_with=made_with))
+    body = {"islands": ["embedding", "norm", "head"]}
+    entry = dataclasses.replace(entry, recipe="float16", made_with=made_with, body=body)
+    writer.add_graph(entry)
+    writer.add_graph(
+        dataclasses.replace(
+            entry,
+            file=large_step,
+            precision="bfloat16",
+            recipe="mine",
+            stage=SUPER_RESOLUTION,
+            body={},
+        )
+    )
     entry = GraphEntry(unet, "unet", "float32", 20, 0, 0, 2e-7, 1e-5, 1e-4, golden)
     writer.add_graph(dataclasses.replace(entry, recipe="float32"))
     writer.add_engine(
         EngineEntry("cpu", "onnxruntime", "cpu", "1.32.0", "float16", step, step)
     )
+    rtx = EngineEntry(
+        target="rtx",
+        backend="tensorrt",
+        flavour="tensorrt_rtx",
+        version="1.7.1.116",
+        precision="float16",
+        graph=step,
+        file=plan,
+        compute_capabilities=("8.6", "8.9"),
+        gpu_name="a GPU",
+        compute_capability="8.6",
+        multiprocessors=82,
+        cuda="13.0",
+        profiles=({"samples": [1, 4, 8], "rows": [1, 8, 16]},),
+        layer_types={"CONVOLUTION": {"HALF": 12, "FLOAT": 1}},
+        build_seconds=12.345,
+        peak_memory_bytes=4 << 30,
+        threads=0,
+        warnings=("slow here",),
+        made_with={"id3pm-deploy": "0.1.0"},
+    )
+    writer.add_engine(rtx)
     writer.add_engine(
-        EngineEntry(
-            target="rtx",
-            backend="tensorrt",
-            flavour="tensorrt_rtx",
-            version="1.7.1.116",
-            precision="float16",
-            graph=step,
-            file=plan,
-            compute_capabilities=("8.6", "8.9"),
-            gpu_name="a GPU",
-            compute_capability="8.6",
-            multiprocessors=82,
-            cuda="13.0",
-            profiles=({"samples": [1, 4, 8], "rows": [1, 8, 16]},),
-            layer_types={"CONVOLUTION": {"HALF": 12, "FLOAT": 1}},
-            build_seconds=12.345,
-            peak_memory_bytes=4 << 30,
-            threads=0,
-            warnings=("slow here",),
-            made_with={"id3pm-deploy": "0.1.0"},
+        dataclasses.replace(
+            rtx,
+            precision="bfloat16",
+            graph=large_step,
+            file=large_plan,
+            stage=SUPER_RESOLUTION,
         )
     )
     return writer.commit()

@@ -50,7 +50,7 @@ def exports(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Exports:
     made = ExportedGraph(data, _golden(tiny_bundle), 1, graph.max_relative_error, ())
     asked: Exports = []
 
-    def export(network: Any, spec: Any, recipe: Any) -> ExportedGraph:
+    def export(network: Any, spec: Any, recipe: Any, near: Any) -> ExportedGraph:
         asked.append(recipe.precision)
         return made
 

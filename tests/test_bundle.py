@@ -132,7 +132,7 @@ def _many_files(values: Any, count: int, size: int) -> None:
     [
         (lambda v: v.update(format_version=99), "format version 99"),
         (lambda v: v.update(format="zip"), "does not describe"),
-        (lambda v: v.update(format_version=3), "format version 3; .* reads 2"),
+        (lambda v: v.update(format_version=4), "format version 4; .* reads 3"),
         (lambda v: v.update(format_version=2.0), "format version 2.0"),
         (lambda v: v.update(format_version=True), "format version True"),
         (lambda v: v.update(surprise=1), "unknown keys: surprise"),

@@ -30,7 +30,7 @@ from id3pm_deploy.bundle.verification import verify_path
 from id3pm_deploy.cli import main
 from id3pm_deploy.errors import BundleError, InputError, OutputError
 
-FOLDER, TAR = GOLDEN / "bundle-v2", GOLDEN / "bundle-v2.tar"
+FOLDER, TAR = GOLDEN / "bundle-v3", GOLDEN / "bundle-v3.tar"
 
 
 @dataclasses.dataclass
@@ -170,7 +170,7 @@ def _kind(kind: bytes, link: str = "") -> Callable[[list[Part]], bytes]:
     return _changed(type=kind, linkname=link)
 
 
-def _extra(name: str, at: int = 6, **changes: Any) -> Callable[[list[Part]], bytes]:
+def _extra(name: str, at: int = 8, **changes: Any) -> Callable[[list[Part]], bytes]:
     def change(found: list[Part]) -> bytes:
         found.insert(at, Part(header(name, 4, **changes), b"data".ljust(BLOCK, b"\0")))
         return joined(found)
@@ -252,12 +252,12 @@ HOSTILE: dict[str, tuple[Callable[[list[Part]], bytes], str]] = {
     "path in the manifest": (_manifest(_escape), "plain names"),
     "not listed": (_extra("evil.plan"), "does not end after the files"),
     "not listed, between": (_extra("a.plan", 2), "'a.plan' is not listed"),
-    "twice": (_extra("rtx-f884649e5724.plan", 4), "out of order or twice"),
+    "twice": (_extra("rtx-f884649e5724.plan", 5), "out of order or twice"),
     "manifest twice": (_extra(MANIFEST_NAME, 1), "'manifest.json' is not listed"),
     "out of order": (_swapped(3, 4), "out of order or twice"),
     "manifest not first": (_swapped(0, 2), "manifest.json is not where it belongs"),
     "missing": (_without(3), "out of order or twice"),
-    "last one missing": (_without(5), "it ends before unet-float32"),
+    "last one missing": (_without(7), "it ends before unet-float32"),
     "size too small": (_changed(size=516), "another size than the manifest says"),
     "size too large": (_changed(size=1 << 30), "another size than the manifest says"),
     "size past 8 GiB": (_base_256, "another size than the manifest says"),
@@ -266,7 +266,7 @@ HOSTILE: dict[str, tuple[Callable[[list[Part]], bytes], str]] = {
     "mode": (_changed(mode=0o4755), "not as `bundle pack` writes it"),
     "checksum": (_unsummed, "not as `bundle pack` writes it"),
     "other bytes": (_flipped(3, 0), "not the file that the manifest describes"),
-    "bytes in padding": (_flipped(3, 520), "not the file that the manifest describes"),
+    "bytes in padding": (_flipped(4, 520), "not the file that the manifest describes"),
     "bytes after the manifest": (_flipped(0, -1), "manifest.json ends early"),
     "cut": (lambda found: joined(found)[:-2000], "does not end|it ends before"),
     "no end": (lambda found: joined(found, b""), "does not end after the files"),
@@ -331,7 +331,7 @@ def test_unpacking_never_touches_what_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "full"), KeyboardInterrupt()])
-@pytest.mark.parametrize("at", range(9))
+@pytest.mark.parametrize("at", range(11))
 def test_a_stopped_unpacking_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int
 ) -> None:
@@ -343,14 +343,14 @@ def test_a_stopped_unpacking_leaves_nothing(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", stop)
-    if at == 8:
+    if at == 10:
         unpack_bundle(TAR, tmp_path / "b").verify()
         return
     with pytest.raises((OutputError, KeyboardInterrupt)):
         unpack_bundle(TAR, tmp_path / "b")
     # The last one flushes the folder above, after the rename: all of it is there.
-    assert os.listdir(tmp_path) == (["b"] if at == 7 else [])
-    if at == 7:
+    assert os.listdir(tmp_path) == (["b"] if at == 9 else [])
+    if at == 9:
         open_bundle(tmp_path / "b").verify()
 
 
@@ -410,14 +410,14 @@ def test_the_commands(tmp_path: Path) -> None:
         return result.stdout
 
     assert "0.0 MB" in run("pack", FOLDER, tmp_path / "b.tar")
-    assert run("unpack", tmp_path / "b.tar", tmp_path / "b").endswith("(4 files)\n")
+    assert run("unpack", tmp_path / "b.tar", tmp_path / "b").endswith("(6 files)\n")
     for path, kind in ((tmp_path / "b", "folder"), (tmp_path / "b.tar", "tar")):
         found = json.loads(run("verify", path, "--json"))
-        assert (found["kind"], found["files"], found["bytes"]) == (kind, 4, 1835)
+        assert (found["kind"], found["files"], found["bytes"]) == (kind, 6, 2715)
         assert found["signature"]["state"] == "good"
         assert found["plans"]["rtx"]["trusted"] is False
         text = run("verify", path)
-        assert "4, 0.0 MB" in text
+        assert "6, 0.0 MB" in text
         assert "rtx: NOT TRUSTED" in text
     (tmp_path / "b" / "\x1b[2Jx").touch()
     text = run("verify", tmp_path / "b")

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import GOLDEN, SEED, edit_manifest, files_in, write_golden
+from bundles import (
+    GOLDEN,
+    SEED,
+    SHA,
+    chain_specs,
+    edit_manifest,
+    files_in,
+    write_chain,
+    write_golden,
+)
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -24,6 +33,7 @@ from id3pm_deploy.bundle import (
     FileEntry,
     GraphEntry,
     Manifest,
+    SecondStage,
     open_bundle,
 )
 from id3pm_deploy.bundle import manifest as manifest_module
@@ -34,16 +44,17 @@ from id3pm_deploy.bundle.signing import (
     bundle_signature,
     signature_bytes,
 )
-from id3pm_deploy.bundle.writer import locked
+from id3pm_deploy.bundle.writer import bundle_writer, locked
 from id3pm_deploy.cli import main
-from id3pm_deploy.errors import BundleError, EngineError
+from id3pm_deploy.errors import BundleError, EngineError, Id3pmError
 from id3pm_deploy.inspection import self_tests
 from id3pm_deploy.models import open_engine, open_model
 from id3pm_deploy.selftest import load_golden, run_golden
 from id3pm_deploy.solvers import RESCALE_COLUMN
 from id3pm_deploy.spec import DiffusionSpec
 
-V1, V2, TAR = GOLDEN / "bundle-v1", GOLDEN / "bundle-v2", GOLDEN / "bundle-v2.tar"
+V1, V2, V3 = (GOLDEN / f"bundle-v{version}" for version in (1, 2, 3))
+TAR = GOLDEN / "bundle-v3.tar"
 
 
 @pytest.fixture
@@ -56,11 +67,11 @@ def test_the_golden_bundle_is_written_to_the_byte(tmp_path: Path) -> None:
     bundle = write_golden(tmp_path / "b")
     key = Ed25519PrivateKey.from_private_bytes(SEED)
     (tmp_path / "b" / SIGNATURE_NAME).write_bytes(signature_bytes(bundle.data, key))
-    assert files_in(tmp_path / "b") == files_in(V2)
+    assert files_in(tmp_path / "b") == files_in(V3)
 
 
 def test_the_golden_bundle_is_read(tmp_path: Path) -> None:
-    bundle = open_bundle(V2)
+    bundle = open_bundle(V3)
     bundle.verify()
     written = write_golden(tmp_path / "b").manifest
     assert dataclasses.asdict(bundle.manifest) == dataclasses.asdict(written)
@@ -73,15 +84,16 @@ def test_the_golden_bundle_is_read(tmp_path: Path) -> None:
 
 
 def test_the_golden_tar_is_packed_and_unpacked(tmp_path: Path) -> None:
-    size = pack_bundle(V2, tmp_path / "b.tar")
+    size = pack_bundle(V3, tmp_path / "b.tar")
     assert (tmp_path / "b.tar").read_bytes() == TAR.read_bytes()
     assert size == TAR.stat().st_size
     unpack_bundle(TAR, tmp_path / "b").verify()
-    assert files_in(tmp_path / "b") == files_in(V2)
+    assert files_in(tmp_path / "b") == files_in(V3)
 
 
 def test_golden_files_are_small() -> None:
-    sizes = [path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()]
+    found = [path for path in GOLDEN.rglob("bundle-v*/*") if path.is_file()]
+    sizes = [path.stat().st_size for path in (*found, *GOLDEN.glob("bundle-v*.*"))]
     assert sum(sizes) < 100_000
 
 
@@ -98,7 +110,7 @@ def test_version_1_is_migrated_to_the_byte_and_runs(old: Path) -> None:
     before = files_in(old)
     result = CliRunner().invoke(main, ["bundle", "migrate", str(old)])
     assert result.exit_code == 0, result.stderr
-    assert "format version 1 is now 2" in result.stdout
+    assert "format version 1 is now 3" in result.stdout
     wanted = (GOLDEN / "bundle-v1-migrated.json").read_bytes()
     assert files_in(old) == {**before, MANIFEST_NAME: wanted}
     tested = self_tests(old)
@@ -106,8 +118,47 @@ def test_version_1_is_migrated_to_the_byte_and_runs(old: Path) -> None:
     assert tested.errors["cpu"] is not None
     assert tested.errors["cpu"] <= 1e-5
     stamp = (old / MANIFEST_NAME).stat().st_mtime_ns
-    assert migrate_bundle(old) == 2
+    assert migrate_bundle(old) == 3
     assert (old / MANIFEST_NAME).stat().st_mtime_ns == stamp
+
+
+def test_version_2_is_migrated_to_the_byte(tmp_path: Path) -> None:
+    old = Path(shutil.copytree(V2, tmp_path / "old"))
+    before = files_in(old)
+    with pytest.raises(BundleError, match="format version 2; this release"):
+        open_bundle(old)
+    assert migrate_bundle(old) == 2
+    wanted = (GOLDEN / "bundle-v2-migrated.json").read_bytes()
+    del before[SIGNATURE_NAME]  # it was of the other manifest
+    assert files_in(old) == {**before, MANIFEST_NAME: wanted}
+    manifest = open_bundle(old).manifest
+    assert list(manifest.stages) == ["base"]
+    assert {graph.stage for graph in manifest.graphs} == {"base"}
+    assert [graph.body for graph in manifest.graphs] == [{}, {}]
+    assert manifest.diffusion.model.low_res_size is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v["graphs"][0].update(stage="base"),
+        lambda v: v["graphs"][0].update(body={}),
+        lambda v: v["engines"][0].update(stage="base"),
+        lambda v: v.update(super_resolution=None),
+        lambda v: v["diffusion"]["model"].update(low_res_size=None),
+        lambda v: v.update(diffusion=[]),
+        lambda v: v.update(graphs=None),
+    ],
+)
+def test_a_version_2_with_later_keys_is_not_migrated(
+    tmp_path: Path, change: Callable[[Any], Any]
+) -> None:
+    old = Path(shutil.copytree(V2, tmp_path / "old"))
+    edit_manifest(old, change)
+    before = files_in(old)
+    with pytest.raises(BundleError):
+        migrate_bundle(old)
+    assert files_in(old) == before
 
 
 def test_engines_are_built_from_a_migrated_graph(old: Path) -> None:
@@ -129,7 +180,7 @@ def test_engines_are_built_from_a_migrated_graph(old: Path) -> None:
     ("change", "message"),
     [
         (lambda v: v.update(format_version=0), "format version 0"),
-        (lambda v: v.update(format_version=3), "format version 3"),
+        (lambda v: v.update(format_version=4), "format version 4"),
         (lambda v: v.update(format_version="1"), "format version '1'"),
         (lambda v: v.update(format_version=True), "format version True"),
         (lambda v: v.pop("format_version"), "format version None"),
@@ -137,7 +188,9 @@ def test_engines_are_built_from_a_migrated_graph(old: Path) -> None:
         (lambda v: v["graphs"][0].update(made_with={}), "not of format version 1"),
         (lambda v: v["engines"][0].update(cuda=None), "not of format version 1"),
         (lambda v: v["engines"].append(7), "not of format version 1"),
-        (lambda v: v.pop("graphs"), "lacks the list graphs"),
+        (lambda v: v.pop("graphs"), "not of format version 1"),
+        (lambda v: v["graphs"][0].update(stage="base"), "not of format version 1"),
+        (lambda v: v.update(super_resolution=None), "not of format version 1"),
         (lambda v: v["graphs"][0].update(file="../x"), "names the file '../x'"),
         (lambda v: v["files"].clear(), "does not describe the file"),
     ],
@@ -175,13 +228,110 @@ def test_a_migration_waits_for_the_lock_and_fails_whole(
     open_bundle(old).verify()
 
 
+def second(values: Any) -> Any:
+    """The second stage's model in a parsed manifest."""
+    return values["super_resolution"]["diffusion"]["model"]
+
+
+def test_a_bundle_of_two_stages(tmp_path: Path) -> None:
+    bundle = write_chain(tmp_path / "b")
+    again = open_bundle(tmp_path / "b")
+    again.verify()
+    assert again.manifest == bundle.manifest
+    assert list(again.manifest.stages) == ["base", "super_resolution"]
+    base, large = (again.graph("step", "float32", s) for s in again.manifest.stages)
+    assert base is not None
+    assert large is not None
+    assert again.graph("step", "float32") == base
+    assert (again.read(base.file), again.read(large.file)) == (
+        b"base",
+        b"super_resolution",
+    )
+    assert [e.label for e in again.manifest.engines] == [
+        "cpu",
+        "cpu (super_resolution)",
+    ]
+    pack_bundle(tmp_path / "b", tmp_path / "b.tar")
+    unpack_bundle(tmp_path / "b.tar", tmp_path / "c").verify()
+    assert files_in(tmp_path / "c") == files_in(tmp_path / "b")
+
+
+def test_a_second_stage_comes_later_and_stays(tmp_path: Path) -> None:
+    """Writers that know of one stage keep the other."""
+    base, large = chain_specs()
+    write_chain(tmp_path / "b")
+    writer = bundle_writer(tmp_path / "b", base, SHA, "0")
+    added = writer.add_file("unet-float32", ".onnx", b"unet")
+    entry = open_bundle(tmp_path / "b").manifest.graphs[0]
+    writer.add_graph(dataclasses.replace(entry, file=added, kind="unet"))
+    manifest = writer.commit().manifest
+    assert manifest.super_resolution == SecondStage(large, "1" * 64)
+    kinds = [(graph.stage, graph.kind) for graph in manifest.graphs]
+    assert kinds == [("base", "step"), ("super_resolution", "step"), ("base", "unet")]
+    late = bundle_writer(tmp_path / "c", base, SHA, "0")
+    late.commit()
+    assert open_bundle(tmp_path / "c").manifest.super_resolution is None
+    stage = SecondStage(large, "1" * 64)
+    bundle_writer(tmp_path / "c", base, SHA, "0", stage).commit()
+    assert open_bundle(tmp_path / "c").manifest.super_resolution == stage
+    other = SecondStage(large, "2" * 64)
+    with pytest.raises(BundleError, match="another checkpoint") as caught:
+        bundle_writer(tmp_path / "c", base, SHA, "0", other)
+    assert caught.value.why == "these differ: super_resolution.weights"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["graphs"][0].update(stage="third"), "no stage 'third'"),
+        (lambda v: v["graphs"][0].update(stage=1), "stage must be str"),
+        (lambda v: v["graphs"][0].update(body=[]), "body must be dict"),
+        (lambda v: v["graphs"][0].update(stage="super_resolution"), "two entries"),
+        (lambda v: v["engines"][0].update(stage="super_resolution"), "two entries"),
+        (lambda v: v["engines"][0].update(graph=v["graphs"][1]["file"]), "its stage"),
+        (lambda v: v.update(super_resolution=None), "no stage 'super_resolution'"),
+        (lambda v: v.pop("super_resolution"), "no stage 'super_resolution'"),
+        (lambda v: v.update(super_resolution={}), "lacks diffusion"),
+        (lambda v: v.update(super_resolution=[]), "must be a table"),
+        (lambda v: v["super_resolution"].update(third=1), "unknown keys: third"),
+        (
+            lambda v: v["super_resolution"].update(checkpoint_sha256="0"),
+            "64 hexadecimal digits",
+        ),
+        (lambda v: second(v).update(low_res_size=None), "does not fit behind"),
+        (lambda v: second(v).update(low_res_size=8), "does not fit behind"),
+        (lambda v: second(v).update(low_res_size=64), "from 1 to its image_size"),
+        (lambda v: second(v).update(low_res_size=True), "low_res_size must be int"),
+        (lambda v: second(v).update(low_res_size=-1), "from 1 to its image_size"),
+        (lambda v: second(v).update(image_channels=1), "does not fit behind"),
+        (
+            lambda v: v["diffusion"]["model"].update(low_res_size=4),
+            "does not fit behind",
+        ),
+        (
+            lambda v: v["super_resolution"]["diffusion"]["identity"].update(dim=4),
+            "does not fit behind",
+        ),
+        (lambda v: v["diffusion"]["identity"].update(dim=-1), "from 0 to 65536"),
+    ],
+)
+def test_a_wrong_second_stage_is_refused(
+    tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    write_chain(tmp_path / "b")
+    edit_manifest(tmp_path / "b", change)
+    with pytest.raises(Id3pmError) as caught:
+        open_bundle(tmp_path / "b")
+    assert message in str(caught.value)
+
+
 def test_the_specification_names_every_key_and_limit(root: Path) -> None:
     text = (root / "BUNDLE_FORMAT.md").read_text("utf-8")
-    kinds = (Manifest, FileEntry, GraphEntry, EngineEntry, DiffusionSpec)
+    kinds = (Manifest, FileEntry, GraphEntry, EngineEntry, SecondStage, DiffusionSpec)
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    for part in dataclasses.asdict(open_bundle(V2).manifest.diffusion).values():
+    for part in dataclasses.asdict(open_bundle(V3).manifest.diffusion).values():
         names |= set(part) - {"steps", "σ"} if isinstance(part, dict) else set()
-    names |= set(json.loads((V2 / SIGNATURE_NAME).read_text()))
+    names |= set(json.loads((V3 / SIGNATURE_NAME).read_text()))
     assert {name for name in names if f"`{name}`" not in text} == set()
     limits = [
         manifest_module.MAX_FILES,

@@ -17,9 +17,16 @@ from id3pm_deploy.builders.build import build_engine, export_bundle, export_unet
 from id3pm_deploy.builders.export_recipe import ExportRecipe
 from id3pm_deploy.builders.graph_inputs import step_inputs
 from id3pm_deploy.builders.onnx import export_graph
+from id3pm_deploy.builders.widened import widened
 from id3pm_deploy.bundle import open_bundle
 from id3pm_deploy.compare import compare
-from id3pm_deploy.errors import BuildError, InputError, ParityError, RecipeError
+from id3pm_deploy.errors import (
+    BuildError,
+    EngineError,
+    InputError,
+    ParityError,
+    RecipeError,
+)
 from id3pm_deploy.reference.checkpoint import load_checkpoint
 from id3pm_deploy.reference.step import step_module
 from id3pm_deploy.reference.unet import IdentityUNet
@@ -124,6 +131,66 @@ def test_float16_graph_is_typed_half_and_smaller(
         for g in again.manifest.graphs
     }
     assert sizes["float16"] < 0.7 * sizes["float32"]
+
+
+@pytest.mark.slow
+def test_bfloat16_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(tiny_checkpoint, "bfloat16", tmp_path / "b")
+    graph = bundle.manifest.graphs[0]
+    assert graph.precision == "bfloat16"
+    data = bundle.read(graph.file)
+    proto = onnx.load_from_string(data)
+    kinds = {t.name: t.data_type for t in proto.graph.initializer}
+    convolutions = [
+        kinds[node.input[1]] for node in proto.graph.node if node.op_type == "Conv"
+    ]
+    narrow = convolutions.count(onnx.TensorProto.BFLOAT16)
+    assert narrow == len(convolutions) - 1, "all but the output head"
+    # Coarser than float16 by three bits; above 0, so it was really computed so.
+    assert 1e-4 < graph.max_relative_error <= 8e-2
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(data)
+    with pytest.raises(EngineError, match="cannot load the graph"):
+        make_session(data, 1)
+    wide = onnx.load_from_string(widened(path))
+    onnx.checker.check_model(wide, full_check=True)
+    assert not any(
+        t.data_type == onnx.TensorProto.BFLOAT16 for t in wide.graph.initializer
+    )
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in wide.graph.initializer}
+    for tensor in proto.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).astype(weights[tensor.name].dtype)
+        assert (values == weights[tensor.name]).all()
+
+
+@pytest.mark.slow
+def test_a_form_of_its_own_exports(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """An island by its name at the beginning of the residual stream, which makes skip
+    connections of two types, and every setting that is not the default."""
+    mine = tmp_path / "mine.toml"
+    mine.write_text(
+        'summary = "x"\nprecision = "float16"\nopset = 21\n'
+        'islands = ["norm", "softmax", "unet.conv_in", "unet.mid_block.resnets.0"]\n'
+        'attention = "plain"\nnormalisation = "native"\nembeddings = "apart"\n'
+        'upsampling = "transposed"\ntolerance_step = 1e-2\n'
+        "tolerance_trajectory = 2e-2\n"
+    )
+    bundle = export_bundle(tiny_checkpoint, str(mine), tmp_path / "b")
+    graph = bundle.manifest.graphs[0]
+    assert 0 < graph.max_relative_error <= 1e-2
+    proto = onnx.load_from_string(bundle.read(graph.file))
+    kinds = {node.op_type for node in proto.graph.node}
+    assert {"GroupNormalization", "ConvTranspose"} <= kinds
+    assert "InstanceNormalization" not in kinds
+
+
+def test_graphs_compute_no_shapes(tiny_bundle: Path) -> None:
+    """Nothing in the UNet asks for sizes: they are known but for R, which is first."""
+    proto = onnx.load_from_string(_graph_bytes(tiny_bundle, "step", "float32"))
+    kinds = [node.op_type for node in proto.graph.node]
+    # Two are the solver's, which unfolds coefficients over B samples.
+    assert kinds.count("Shape") <= 2
+    assert kinds.count("Gemm") <= 5, "embeddings: two, identity, all blocks' at once"
 
 
 @pytest.mark.slow

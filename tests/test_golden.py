@@ -35,7 +35,7 @@ from id3pm_deploy.parity.sides import SideRequest
 from id3pm_deploy.reference.checkpoint import load_checkpoint, save_checkpoint
 from id3pm_deploy.reference.guided_diffusion import convert_guided_diffusion
 from id3pm_deploy.solvers import SolverSettings
-from id3pm_deploy.spec import DiffusionSpec, IdentitySpec
+from id3pm_deploy.spec import NO_IDENTITY, DiffusionSpec, IdentitySpec
 
 Arrays = dict[str, Any]
 GUIDED = GuidanceSettings(2.0, guide_variance=True)
@@ -329,7 +329,7 @@ class TestHostile:
             ("T/settings", lambda a: changed(a, "solver", "magic"), "no solver"),
             ("checkpoint_sha256", lambda a: np.array("0" * 64), "another model"),
             ("checkpoint_sha256", lambda a: np.array(1.0), "no text"),
-            ("low_res", lambda a: np.zeros(3), "super-resolution"),
+            ("low_res", lambda a: np.zeros(3), "takes no such input"),
             ("colour", lambda a: np.zeros(3), "no array of that name"),
             ("../T/x_T", lambda a: np.zeros(3), "no array of that name"),
             ("/x_T", lambda a: np.zeros(3), "no array of that name"),
@@ -487,7 +487,10 @@ class TestGuidedDiffusion:
         for one in report.trajectories:
             assert len(one.per_step) == 10
             rows = [row.oracle for row in one.per_step]
-            assert all(row is not None and row.max_rel <= 1e-4 for row in rows)
+            # On the cosine schedule, t = 999 enlarges rounding: see rounding.py.
+            first = 0 if one.name == "ddim10" else 1
+            assert rows[:first] == [None] * first
+            assert all(row is not None and row.max_rel <= 1e-4 for row in rows[first:])
 
     @pytest.mark.slow
     def test_an_exported_bundle_follows_it(
@@ -524,12 +527,77 @@ class TestGuidedDiffusion:
                 found = _end_only(engine, spec, wrong)
                 assert not found.passes(1e-2)
 
-    def test_super_resolution_is_refused_by_name(
+    def test_small_pictures_are_refused_by_a_model_without(
         self, shared: Path, tiny_checkpoint: Path
     ) -> None:
         with pytest.raises(GoldenError, match="cannot be used") as caught:
             load(shared / "golden" / "sr16to64.npz", tiny_checkpoint)
-        assert "super-resolution" in caught.value.why
+        assert "it has no y" in caught.value.why
+
+    @pytest.mark.slow
+    def test_the_super_resolution_model_follows_it(
+        self, shared: Path, tmp_path: Path
+    ) -> None:
+        """Some numbers of ddim10 are left out: the recording itself is 1.09e-4 off what
+        float64 makes of them."""
+        folder = shared / "golden"
+        flags = json.loads((folder / "sr16to64.json").read_text())
+        tensors = torch.load(folder / "sr16to64.pt", weights_only=True)
+        made = convert_guided_diffusion(flags, tensors, NO_IDENTITY, "sr")
+        assert made.spec.model.low_res_size == 16
+        save_checkpoint(tmp_path / "sr", made.spec, made.tensors)
+        request = GoldenRequest(SideRequest(tmp_path / "sr"), folder / "sr16to64.npz")
+        report = golden_to_folder(tmp_path / "r", request)
+        assert report.passed, report.failures
+        worst = report.worst("forward")
+        assert worst is not None
+        assert 0 < worst.found.max_rel <= 1e-5
+        assert [one.name for one in report.trajectories] == ["ancestral10", "ddim10"]
+        for one in report.trajectories:
+            assert one.final_unsaturated is not None
+            assert one.final.max_rel <= 1e-4
+            assert one.final.count >= 0.95 * 3 * 3 * 64 * 64
+
+
+class TestSuperResolution:
+    """Golden data of a model without identity that enlarges."""
+
+    SPEC = tiny_spec(low_res_size=4, identity=NO_IDENTITY, learned_variance=True)
+
+    def test_it_is_recorded_and_made_again(self, tmp_path: Path) -> None:
+        enlarger = tmp_path / "checkpoint"
+        save_checkpoint(enlarger, self.SPEC, tiny_network(self.SPEC).state_dict())
+        side = SideRequest(enlarger)
+        plain = settings(guidance=GuidanceSettings(1.0), steps=3)
+        record_to_file(tmp_path / "g.npz", side, plain)
+        with np.load(tmp_path / "g.npz") as file:
+            arrays = {name: file[name] for name in file.files}
+        assert "y" not in arrays
+        assert arrays["low_res"].shape == (2, 3, 4, 4)
+        assert 0.5 < np.abs(arrays["low_res"]).max() <= 1
+        report = golden_to_folder(
+            tmp_path / "r", GoldenRequest(side, tmp_path / "g.npz")
+        )
+        assert report.passed, report.failures
+        assert report.subject["Stage"] == "super-resolution stage"
+        # Other small pictures make something else.
+        changed = arrays | {"low_res": -arrays["low_res"]}
+        request = GoldenRequest(side, write(tmp_path / "c.npz", changed))
+        assert not golden_to_folder(tmp_path / "c", request).passed
+        for wrong, message in (
+            ({"low_res": arrays["low_res"][:, :, :2]}, "low_res: it is float32"),
+            ({"low_res": arrays["low_res"].astype("f8")}, "it is float64"),
+            ({"low_res": np.full((2, 3, 4, 4), np.nan, np.float32)}, "NaN"),
+            ({"y": np.zeros((2, 16), np.float32)}, "y: the model takes no such input"),
+        ):
+            path = write(tmp_path / "w.npz", arrays | wrong)
+            with pytest.raises(GoldenError) as caught:
+                load(path, enlarger)
+            assert message in caught.value.why
+        del arrays["low_res"]
+        with pytest.raises(GoldenError) as caught:
+            load(write(tmp_path / "w.npz", arrays), enlarger)
+        assert "it has no low_res" in caught.value.why
 
 
 def _end_only(engine: Engine, spec: DiffusionSpec, one: Any) -> Any:

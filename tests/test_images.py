@@ -40,6 +40,7 @@ GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMe
 OURS = "urn:id3pm-deploy:1.0#"
 AT_DEFAULT = {f"guidance_{x}" for x in ("schedule", "interval", "rescale")}
 AT_DEFAULT |= {"composite"}
+AT_DEFAULT |= {field.name for field in fields(MARK) if field.name.startswith("sr_")}
 """Properties that MARK does not say, because they are at their defaults."""
 
 
@@ -165,6 +166,8 @@ def test_a_png_holds_nothing_beside_picture_and_mark(tmp_path: Path) -> None:
         "guidance_interval",
         "guidance_rescale",
         "composite",
+        *(f"sr_{x}" for x in ("solver", "steps", "guidance")),
+        *(f"sr_{x}" for x in ("backend", "precision", "checkpoint")),
     }
 
 

@@ -19,15 +19,18 @@ from id3pm_deploy.cli import main
 COMMANDS = (
     "demo",
     "train",
+    "import",
     "embed",
     "export",
     "build-engine",
     "sample",
     "parity",
+    "bisect",
     "inspect",
     "bundle",
     "doctor",
 )
+MODULES = {"import": "import_checkpoint"}
 HELPS = [
     ["--help"],
     ["--version"],
@@ -131,7 +134,8 @@ def test_help_works_with_only_click(empty_python: Path, arguments: list[str]) ->
 def test_light_modules_import_with_only_click(empty_python: Path) -> None:
     modules = ["id3pm_deploy"]
     modules += [f"id3pm_deploy.{name}" for name in ("errors", "files", "optional")]
-    modules += [f"id3pm_deploy.commands.{name.replace('-', '_')}" for name in COMMANDS]
+    names = (name.replace("-", "_") for name in COMMANDS)
+    modules += [f"id3pm_deploy.commands.{MODULES.get(name, name)}" for name in names]
     code = "import importlib, sys; [importlib.import_module(n) for n in sys.argv[1:]]"
     done = _run([empty_python, "-I", "-c", code, *modules])
     assert (done.returncode, done.stderr) == (0, "")

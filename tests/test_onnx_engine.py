@@ -14,7 +14,7 @@ import pytest
 from models import random_identity, tiny_spec
 from onnx import TensorProto, helper
 
-from id3pm_deploy.backends.base import STEP_INPUTS, STEP_OUTPUTS, Engine, StepShapes
+from id3pm_deploy.backends.base import STEP_OUTPUTS, Engine, StepShapes
 from id3pm_deploy.backends.onnxruntime import OnnxRuntimeEngine, make_session
 from id3pm_deploy.backends.torch import TorchEngine
 from id3pm_deploy.bundle import open_bundle
@@ -252,7 +252,7 @@ def _old_graph(width: int | str = RESCALE_COLUMN) -> bytes:
     graph = helper.make_graph(
         nodes,
         "old",
-        [values[name] for name in STEP_INPUTS],
+        [values[name] for name in SHAPES.inputs],
         [values[name] for name in STEP_OUTPUTS],
         [*arrays, one],
     )

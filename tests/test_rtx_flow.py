@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from id3pm_deploy.builders.build import build_engine
 from id3pm_deploy.bundle import open_bundle
 from id3pm_deploy.cli import main
 
@@ -47,3 +48,18 @@ def test_build_engine_for_rtx(tiny_checkpoint: Path, tmp_path: Path) -> None:
     )
     assert refused.exit_code == 1
     assert "no runtime for them yet" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_plan_in_bfloat16(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "narrow.toml"
+    recipe.write_text(
+        'summary = "a test"\nbackend = "tensorrt"\nflavour = "tensorrt_rtx"\n'
+        'export = "bfloat16"\nprecision = "bfloat16"\ndynamic_samples = [1, 1, 2]\n'
+        'compute_capabilities = ["8.6"]\n'
+    )
+    built = build_engine(tiny_checkpoint, str(recipe), tmp_path / "bundle")
+    assert built.entry.precision == built.graph.precision == "bfloat16"
+    convolutions = built.entry.layer_types["multiply_accumulates"]["CONVOLUTION"]
+    assert convolutions["BF16"] > 0.9 * sum(convolutions.values())
+    assert built.bundle.manifest.file_entry(built.entry.file).size > 100_000

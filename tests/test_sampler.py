@@ -57,7 +57,9 @@ class RecordingEngine(Engine):
     def close(self) -> None:
         self.calls.append(("close",))
 
-    def _begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
+    def _begin(
+        self, x_t: Float32, guidance: GuidanceTable, low_res: Float32 | None
+    ) -> None:
         self.calls.append(("begin", x_t.copy(), guidance))
         self._state = np.zeros((STATE_SLOTS, *x_t.shape), dtype=np.float32)
         self._state[0] = x_t

@@ -17,7 +17,8 @@ from ..spec import DiffusionSpec
 
 Float32 = npt.NDArray[np.float32]
 
-STEP_INPUTS = ("state", "noise", "identity", "row", "mix", "step")
+STEP_INPUTS = ("state", "noise", "identity", "row", "mix", "step", "low_res")
+"""All that a step graph may have, in its order; ``StepShapes.inputs`` has a model's."""
 STEP_OUTPUTS = ("state_next", "x0", "finite")
 
 
@@ -37,22 +38,42 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class StepShapes:
-    """Sizes that follow from the model: pictures [C, H, W], identity vectors [D]."""
+    """Sizes that follow from the model: pictures [C, H, W], identity vectors [D].
+
+    An ``identity_dim`` of 0 is a model without identity; ``low_res_size`` is the side
+    of the small pictures of a super-resolution model, None for all others.
+    """
 
     channels: int
     size: int
     identity_dim: int
+    low_res_size: int | None = None
 
     @property
     def picture(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return (self.channels, self.size, self.size)
 
+    @property
+    def low_res(self) -> tuple[int, int, int] | None:
+        """(C, h, w) of the small pictures; None where the model takes none."""
+        if self.low_res_size is None:
+            return None
+        return (self.channels, self.low_res_size, self.low_res_size)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the step graph's inputs, in its order."""
+        has = {"identity": self.identity_dim > 0, "low_res": self.low_res is not None}
+        return tuple(name for name in STEP_INPUTS if has.get(name, True))
+
 
 def step_shapes(spec: DiffusionSpec) -> StepShapes:
     """The shapes of the step graph of ``spec``."""
     model = spec.model
-    return StepShapes(model.image_channels, model.image_size, spec.identity.dim)
+    return StepShapes(
+        model.image_channels, model.image_size, spec.identity.dim, model.low_res_size
+    )
 
 
 class Engine(ABC):
@@ -94,7 +115,9 @@ class Engine(ABC):
         """Release everything; the engine cannot be used afterwards."""
 
     @abstractmethod
-    def _begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
+    def _begin(
+        self, x_t: Float32, guidance: GuidanceTable, low_res: Float32 | None
+    ) -> None:
         """Make buffers for these sizes and fill the constant ones."""
 
     @abstractmethod
@@ -117,21 +140,27 @@ class Engine(ABC):
     def preview(self) -> Float32:
         """A copy of the last row's predicted x0, [B, C, H, W]."""
 
-    def begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
+    def begin(
+        self, x_t: Float32, guidance: GuidanceTable, low_res: Float32 | None = None
+    ) -> None:
         """Start a trajectory.
 
         Args:
             x_t: [B, C, H, W] float32, the starting point; the other slots are zeroed.
             guidance: UNet rows and how they mix.
+            low_res: [B, C, h, w] float32 in [-1, 1], what a super-resolution model
+                enlarges; None for all other models.
 
         Raises:
-            EngineError: A shape or dtype does not fit the model.
+            EngineError: A shape or dtype does not fit the model, or small pictures
+                are missing or not wanted.
         """
         check_array(x_t, (guidance.samples, *self.shapes.picture), "x_T")
+        self._check_low_res(guidance.samples, low_res)
         self._check_guidance(guidance)
         self._bad = np.zeros(guidance.samples, dtype=np.bool_)
         self._row = guidance.row
-        self._begin(x_t, guidance)
+        self._begin(x_t, guidance, low_res)
 
     def guide(self, guidance: GuidanceTable) -> None:
         """Use another guidance table from the next table row on; the state is kept.
@@ -153,6 +182,21 @@ class Engine(ABC):
         self._check_guidance(guidance)
         self._row = guidance.row
         self._guide(guidance)
+
+    def _check_low_res(self, samples: int, low_res: Float32 | None) -> None:
+        wanted = self.shapes.low_res
+        if wanted is None and low_res is not None:
+            raise EngineError(
+                "this model takes no small pictures",
+                why="it is not a super-resolution model",
+            )
+        if wanted is not None and low_res is None:
+            raise EngineError(
+                "a super-resolution model needs the small pictures it enlarges",
+                why=f"it takes one of {wanted[1]}x{wanted[2]} for each sample",
+            )
+        if wanted is not None and low_res is not None:
+            check_array(low_res, (samples, *wanted), "low_res")
 
     def _check_guidance(self, guidance: GuidanceTable) -> None:
         samples, rows = guidance.samples, guidance.unet_rows

@@ -16,7 +16,9 @@ How much memory the rest may take is not for this module; see ``memory_limit``.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..errors import EngineError
 
@@ -32,7 +34,7 @@ Field = tuple[int, int, memoryview, int]
 """Field number, wire type, bytes and number (of which one is empty)."""
 
 
-def check_graph(data: bytes, *, standard_only: bool = True) -> None:
+def check_graph(data: bytes | memoryview, *, standard_only: bool = True) -> None:
     """Refuse a serialised ONNX model that holds what the module names.
 
     Args:
@@ -50,6 +52,21 @@ def check_graph(data: bytes, *, standard_only: bool = True) -> None:
             why=str(error),
             fix="do not use this file, or export it again",
         ) from error
+
+
+def check_graph_file(path: Path, *, standard_only: bool = True) -> None:
+    """:func:`check_graph` of a file; of its weights nothing is read.
+
+    Raises:
+        EngineError: As there, or it cannot be read.
+    """
+    try:
+        with open(path, "rb") as handle:
+            # It is unmapped when nothing looks at it any more.
+            pages = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise EngineError(f"cannot read {path}", why=str(error)) from error
+    check_graph(memoryview(pages), standard_only=standard_only)
 
 
 def _check_model(model: memoryview, standard_only: bool) -> None:

@@ -7,6 +7,7 @@ so nothing is allocated or copied between steps, not even where guidance changes
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from ..guidance import GuidanceTable
 from ..optional import require
 from ..solvers import RESCALE_COLUMN, STEP_WIDTH
 from .base import (
-    STEP_INPUTS,
     STEP_OUTPUTS,
     Engine,
     EngineInfo,
@@ -25,18 +25,19 @@ from .base import (
     check_array,
     empty_state,
 )
-from .graph_check import check_graph
+from .graph_check import check_graph, check_graph_file
 from .memory_limit import limit_memory
 
 # What goes wrong becomes an exception; the log would only repeat it.
 _FATAL_ONLY = 4
 
 
-def make_session(graph: bytes, threads: int) -> Any:
+def make_session(graph: bytes | Path, threads: int) -> Any:
     """An InferenceSession on the CPU provider.
 
     Args:
-        graph: A serialised ONNX model.
+        graph: A serialised ONNX model, or the path of a file that nobody else can
+            change; it saves a copy in memory.
         threads: Intra-op threads; 0 leaves ONNX Runtime's choice.
 
     Raises:
@@ -45,7 +46,10 @@ def make_session(graph: bytes, threads: int) -> Any:
     """
     if not 0 <= threads <= 1024:
         raise InputError("threads must be from 0 to 1024", why=f"it is {threads}")
-    check_graph(graph)
+    if isinstance(graph, Path):
+        check_graph_file(graph)
+    else:
+        check_graph(graph)
     runtime = require("onnxruntime", extra="cpu")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -53,8 +57,9 @@ def make_session(graph: bytes, threads: int) -> Any:
     options.log_severity_level = _FATAL_ONLY
     limit_memory(runtime, options)
     try:
+        source = str(graph) if isinstance(graph, Path) else graph
         return runtime.InferenceSession(
-            graph, options, providers=["CPUExecutionProvider"]
+            source, options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # its exceptions share no base class of their own
         raise EngineError(
@@ -66,7 +71,7 @@ def make_session(graph: bytes, threads: int) -> Any:
 
 class _SampleBuffers:
     """Arrays for B samples, whatever guides them: two states that take turns, noise,
-    table rows and x0."""
+    table rows, x0 and what a super-resolution model enlarges."""
 
     def __init__(self, shapes: StepShapes, samples: int, step_width: int) -> None:
         picture = (samples, *shapes.picture)
@@ -77,6 +82,9 @@ class _SampleBuffers:
             "step": np.zeros((samples, step_width), np.float32),
             "x0": np.zeros(picture, np.float32),
         }
+        if shapes.low_res is not None:
+            small = (samples, *shapes.low_res)
+            self.arrays["low_res"] = np.zeros(small, np.float32)
         self.values = {k: _value_over(v) for k, v in self.arrays.items()}
         self.turn = 0
 
@@ -88,12 +96,15 @@ class _RowBuffers:
         self, session: Any, shapes: StepShapes, of: _SampleBuffers, unet_rows: int
     ) -> None:
         samples = len(of.arrays["step"])
+        self.names = shapes.inputs
         self.arrays: dict[str, Any] = {
-            "identity": np.zeros((unet_rows, shapes.identity_dim), np.float32),
             "row": np.zeros(unet_rows, np.int32),
             "mix": np.zeros((2, samples, unet_rows), np.float32),
             "finite": np.zeros(unet_rows, np.float32),
         }
+        if shapes.identity_dim:
+            vectors = (unet_rows, shapes.identity_dim)
+            self.arrays["identity"] = np.zeros(vectors, np.float32)
         own = {k: _value_over(v) for k, v in self.arrays.items()}
         self.values = {**of.values, **own}
         self.bindings = [
@@ -106,7 +117,7 @@ class _RowBuffers:
         inputs = {**self.values, "state": state}
         outputs = {**self.values, "state_next": state_next}
         known = {item.name for item in session.get_inputs()}
-        for name in STEP_INPUTS:
+        for name in self.names:
             if name in known:
                 binding.bind_ortvalue_input(name, inputs[name])
         for name in STEP_OUTPUTS:
@@ -142,6 +153,19 @@ def _step_width(session: Any) -> int:
     return int(widths[0])
 
 
+def _check_inputs(session: Any, shapes: StepShapes) -> None:
+    """Raise :class:`EngineError` for a graph whose inputs are another model's."""
+    known = {item.name for item in session.get_inputs()}
+    for name, noun in (("identity", "identity"), ("low_res", "small pictures")):
+        if (name in known) != (name in shapes.inputs):
+            has, wants = ("", "no ") if name in known else ("no ", "")
+            raise EngineError(
+                "the graph is not the model's",
+                why=f"it has {has}input for {noun}, the model takes {wants}{noun}",
+                fix="export the checkpoint again",
+            )
+
+
 class OnnxRuntimeEngine(Engine):
     """Engine over ONNX Runtime's CPU provider.
 
@@ -159,10 +183,11 @@ class OnnxRuntimeEngine(Engine):
         self, graph: bytes, shapes: StepShapes, precision: str, threads: int = 0
     ) -> None:
         self._session = make_session(graph, threads)
-        label = "float16 weights" if precision == "float16" else precision
+        label = precision if precision == "float32" else f"{precision} weights"
         version = require("onnxruntime", extra="cpu").__version__
         info = EngineInfo("onnxruntime", version, label, "CPU")
         super().__init__(info, shapes, _step_width(self._session))
+        _check_inputs(self._session, shapes)
         self._samples: _SampleBuffers | None = None
         self._by_rows: dict[int, _RowBuffers] = {}
         self._now: _RowBuffers | None = None
@@ -176,7 +201,9 @@ class OnnxRuntimeEngine(Engine):
         self._samples = self._now = None
         self._by_rows = {}
 
-    def _begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
+    def _begin(
+        self, x_t: Float32, guidance: GuidanceTable, low_res: Float32 | None
+    ) -> None:
         held = self._samples
         if held is None or len(held.arrays["step"]) != guidance.samples:
             self._forget()
@@ -186,6 +213,8 @@ class OnnxRuntimeEngine(Engine):
         held.states[0][...] = 0.0
         held.states[0][0] = x_t
         held.arrays["noise"][...] = 0.0
+        if low_res is not None:
+            held.arrays["low_res"][...] = low_res
         self._guide(guidance)
 
     def _guide(self, guidance: GuidanceTable) -> None:
@@ -195,7 +224,7 @@ class OnnxRuntimeEngine(Engine):
                 self._session, self.shapes, self._buffers(), size
             )
         self._now = self._by_rows[size]
-        for name in ("identity", "row", "mix"):
+        for name in self._now.arrays.keys() & {"identity", "row", "mix"}:
             self._now.arrays[name][...] = getattr(guidance, name)
 
     def _buffers(self) -> _SampleBuffers:

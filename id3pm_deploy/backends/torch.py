@@ -38,18 +38,22 @@ class TorchEngine(Engine):
     ) -> None:
         try:
             self._device = torch.device(device)
-            module = step_module(network, form).to(self._device)
+            module: Any = step_module(network, form).to(self._device)
+            if form.precision != "float32":
+                # On a CPU, convolutions are otherwise up to a hundred times slower.
+                module = module.to(memory_format=torch.channels_last)
         except (RuntimeError, AssertionError) as error:
             raise EngineError(
                 f"PyTorch cannot use the device {device!r}",
                 why=first_line(error),
                 fix="use --device cpu",
             ) from error
-        self._module: Any = module
+        self._module = module
         info = EngineInfo("torch", torch.__version__, form.precision, str(self._device))
         super().__init__(info, shapes)
         self._state: Any = None
         self._x0: Any = None
+        self._low_res: Any = None
         self._constant: tuple[Any, ...] = ()
 
     @property
@@ -62,18 +66,21 @@ class TorchEngine(Engine):
 
     def close(self) -> None:
         """Drop the module and its tensors."""
-        self._module = self._state = self._x0 = None
+        self._module = self._state = self._x0 = self._low_res = None
         self._constant = ()
 
     def _tensor(self, array: Any) -> Any:
         return torch.from_numpy(np.array(array)).to(self._device)
 
-    def _begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
+    def _begin(
+        self, x_t: Float32, guidance: GuidanceTable, low_res: Float32 | None
+    ) -> None:
         state = empty_state(guidance.samples, self.shapes)
         state[0] = x_t
         self._state = self._tensor(state)
         self._x0 = torch.zeros_like(self._state[0])
         self._zero_noise = torch.zeros_like(self._state[0])
+        self._low_res = None if low_res is None else self._tensor(low_res)
         self._guide(guidance)
 
     def _guide(self, guidance: GuidanceTable) -> None:
@@ -87,6 +94,8 @@ class TorchEngine(Engine):
         drawn = self._zero_noise if noise is None else self._tensor(noise)
         # cuDNN's convolutions take TF32 unless told; matrix products do not.
         inputs = (self._state, drawn, *self._constant, self._tensor(step))
+        if self._low_res is not None:
+            inputs += (self._low_res,)
         try:
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 out = self._module(*inputs)

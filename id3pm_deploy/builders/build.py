@@ -15,23 +15,27 @@ from .. import __version__
 from ..backends.base import step_shapes
 from ..backends.graph_check import check_graph
 from ..bundle import (
+    BASE,
     SIGNATURE_NAME,
+    SUPER_RESOLUTION,
     Bundle,
     EngineEntry,
     GraphEntry,
+    SecondStage,
     is_bundle,
     open_bundle,
 )
 from ..bundle.ledger import record_plan
 from ..bundle.writer import BundleWriter, bundle_writer
 from ..checkpoint_config import is_checkpoint, load_spec, weights_sha256
-from ..errors import BuildError, BundleError, InputError
+from ..errors import BuildError, BundleError, CheckpointError, InputError
 from ..files import beside
 from ..optional import require
 from ..progress import progress
 from ..recipes import load_recipe
 from ..selftest import golden_bytes, self_test
 from ..solvers import RESCALE_COLUMN, STATE_SLOTS, STEP_WIDTH
+from ..spec import check_chain
 from .export_recipe import ExportRecipe
 from .recipe import EngineRecipe
 
@@ -40,35 +44,50 @@ from .recipe import EngineRecipe
 class BuiltEngine:
     """A bundle and the engine that was just added to it.
 
-    ``notes`` is what the user should know although nothing failed.
+    ``entry`` and ``graph`` are the base's; ``super_resolution`` is the engine of the
+    second stage, where one was built. ``notes`` is what the user should know although
+    nothing failed.
     """
 
     bundle: Bundle
     entry: EngineEntry
     graph: GraphEntry
     notes: tuple[str, ...] = ()
+    super_resolution: EngineEntry | None = None
 
 
-def export_bundle(checkpoint: Path, recipe_name: str, out: Path) -> Bundle:
+def export_bundle(
+    checkpoint: Path,
+    recipe_name: str,
+    out: Path,
+    super_resolution: Path | None = None,
+) -> Bundle:
     """Export a CHECKPOINT into the BUNDLE ``out``, made or added to.
 
     Args:
         checkpoint: CHECKPOINT folder.
         recipe_name: Recipe in ``export/``, or a TOML file.
         out: BUNDLE folder.
+        super_resolution: CHECKPOINT of the model behind it, exported as well.
 
     Raises:
         CheckpointError, RecipeError, BundleError: Unusable input or output.
+        InputError: The second model cannot enlarge what the first one makes.
         BuildError, ParityError: The export failed or computes something else.
     """
     recipe = _export_recipe(recipe_name)
-    return _export_with(checkpoint, recipe, Path(recipe_name).stem, out)
+    return _export_with(checkpoint, recipe, recipe_name, out, super_resolution)
 
 
-def export_unet(checkpoint: Path, recipe_name: str, out: Path) -> Bundle:
-    """Export the bare UNet of a CHECKPOINT, in the precision of a recipe."""
+def export_unet(
+    checkpoint: Path,
+    recipe_name: str,
+    out: Path,
+    super_resolution: Path | None = None,
+) -> Bundle:
+    """As :func:`export_bundle`, but the bare UNets, in the precision of a recipe."""
     recipe = dataclasses.replace(_export_recipe(recipe_name), graph="unet")
-    return _export_with(checkpoint, recipe, Path(recipe_name).stem, out)
+    return _export_with(checkpoint, recipe, recipe_name, out, super_resolution)
 
 
 def _export_recipe(name: str) -> ExportRecipe:
@@ -78,36 +97,80 @@ def _export_recipe(name: str) -> ExportRecipe:
 
 
 def _export_with(
-    checkpoint: Path, recipe: ExportRecipe, recipe_name: str, out: Path
+    checkpoint: Path,
+    recipe: ExportRecipe,
+    recipe_name: str,
+    out: Path,
+    super_resolution: Path | None,
 ) -> Bundle:
-    writer, _ = _exported(checkpoint, recipe, recipe_name, out)
+    chain = _chain(checkpoint, super_resolution)
+    writer = _chain_writer(out, chain)
+    for stage, path in chain.items():
+        _exported(writer, path, recipe, Path(recipe_name).stem, stage)
     return writer.commit()
 
 
+def _chain(checkpoint: Path, super_resolution: Path | None) -> dict[str, Path]:
+    """CHECKPOINTs by stage, base first."""
+    chain = {BASE: checkpoint}
+    if super_resolution is not None:
+        chain[SUPER_RESOLUTION] = super_resolution
+    return chain
+
+
+def _chain_writer(out: Path, chain: dict[str, Path]) -> BundleWriter:
+    """A writer of the BUNDLE ``out`` for these CHECKPOINTs; nothing is written yet.
+
+    Raises:
+        InputError: The second model does not fit behind the first.
+        CheckpointError, BundleError: Unusable input or output.
+    """
+    specs = {stage: load_spec(path) for stage, path in chain.items()}
+    second = None
+    if SUPER_RESOLUTION in chain:
+        check_chain(specs[BASE], specs[SUPER_RESOLUTION])
+        digest = weights_sha256(chain[SUPER_RESOLUTION])
+        second = SecondStage(specs[SUPER_RESOLUTION], digest)
+    digest = weights_sha256(chain[BASE])
+    return bundle_writer(out, specs[BASE], digest, __version__, second)
+
+
 def _exported(
-    checkpoint: Path, recipe: ExportRecipe, recipe_name: str, out: Path
-) -> tuple[BundleWriter, GraphEntry]:
-    """A writer that holds the fresh graph; nothing is written yet."""
+    writer: BundleWriter,
+    checkpoint: Path,
+    recipe: ExportRecipe,
+    recipe_name: str,
+    stage: str,
+) -> GraphEntry:
+    """Add a fresh graph to a writer; returns its entry.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or has just been replaced.
+        BuildError, ParityError: The export failed or computes something else.
+    """
     from ..reference.checkpoint import load_checkpoint
     from .onnx import export_graph
 
     loaded = load_checkpoint(checkpoint)
-    writer = bundle_writer(out, loaded.spec, loaded.weights_sha256, __version__)
+    if loaded.weights_sha256 != writer.manifest.stages[stage].checkpoint_sha256:
+        raise CheckpointError(f"{checkpoint} has changed meanwhile", fix="try again")
     with progress(None, f"exporting {recipe.graph} {recipe.precision}"):
-        exported = export_graph(loaded.network, loaded.spec, recipe)
+        exported = export_graph(loaded.network, loaded.spec, recipe, writer.folder)
     stem = f"{recipe.graph}-{recipe.precision}"
+    prefix = "" if stage == BASE else f"{stage}-"
     entry = GraphEntry(
-        file=writer.add_file(stem, ".onnx", exported.data),
+        file=writer.add_file(f"{prefix}{stem}", ".onnx", exported.data),
         kind=recipe.graph,
         precision=recipe.precision,
         max_relative_error=exported.worst_error,
         golden=writer.add_file("golden", ".npz", golden_bytes(exported.golden)),
         recipe=recipe_name,
         made_with=_made_with("torch", "onnx", "onnxscript"),
+        stage=stage,
         **_settings(recipe),
     )
     writer.add_graph(entry)
-    return writer, entry
+    return entry
 
 
 def _settings(recipe: ExportRecipe) -> dict[str, Any]:
@@ -119,7 +182,16 @@ def _settings(recipe: ExportRecipe) -> dict[str, Any]:
         "tolerance_trajectory": recipe.tolerance_trajectory,
         "state_slots": STATE_SLOTS if step else 0,
         "step_width": STEP_WIDTH if step else 0,
+        "body": _body(recipe),
     }
+
+
+def _body(recipe: ExportRecipe) -> dict[str, Any]:
+    """The form of the UNet's body as JSON values; its precision is the graph's."""
+    form = dataclasses.asdict(recipe.form)
+    del form["precision"]
+    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in form.items()}
+    return dict(sorted(listed.items()))
 
 
 def _made_with(*packages: str) -> dict[str, str]:
@@ -131,10 +203,15 @@ def _made_with(*packages: str) -> dict[str, str]:
     return versions
 
 
-def build_engine(source: Path, target: str, out: Path | None) -> BuiltEngine:
-    """Build the engine of ``target`` from a CHECKPOINT or a BUNDLE.
+def build_engine(
+    source: Path,
+    target: str,
+    out: Path | None,
+    super_resolution: Path | None = None,
+) -> BuiltEngine:
+    """Build the engines of ``target`` from a CHECKPOINT or a BUNDLE, one a stage.
 
-    Nothing is written before the engine is built and has passed its self-test.
+    Nothing is written before they are built and have passed their self-tests.
 
     Args:
         source: CHECKPOINT (exported first where the bundle lacks an undamaged graph of
@@ -142,9 +219,12 @@ def build_engine(source: Path, target: str, out: Path | None) -> BuiltEngine:
         target: Recipe in ``engines/``, or a TOML file.
         out: BUNDLE folder; None: the bundle itself, or ``SOURCE.bundle`` for a
             checkpoint.
+        super_resolution: CHECKPOINT of the model behind ``source``. A bundle knows its
+            own.
 
     Raises:
-        InputError: ``source`` is neither, or ``out`` contradicts it.
+        InputError: ``source`` is neither, ``out`` contradicts it, or the second model
+            cannot enlarge what the first one makes.
         BundleError: A BUNDLE is damaged, or ``out`` is of another checkpoint.
         BuildError: The graph is missing or the engine cannot be built.
         ParityError: The engine fails its self-test.
@@ -157,50 +237,65 @@ def build_engine(source: Path, target: str, out: Path | None) -> BuiltEngine:
         )
     name = Path(target).stem
     if is_bundle(source):
-        writer, graph = _from_bundle(source, recipe, out)
+        if super_resolution is not None:
+            raise InputError(
+                "a BUNDLE knows its own second stage",
+                fix="add it with `id3pm-deploy export BASE --super-resolution SR`",
+            )
+        writer, graphs = _from_bundle(source, recipe, out)
     else:
-        writer, graph = _from_checkpoint(source, recipe, out)
-    if recipe.backend == "tensorrt":
-        entry = _tensorrt_entry(writer, graph, recipe, name)
-    else:
-        entry = _onnxruntime_entry(writer, graph, recipe, name)
-    writer.add_engine(entry)
+        chain = _chain(source, super_resolution)
+        writer, graphs = _from_checkpoints(chain, recipe, out)
+    make = _tensorrt_entry if recipe.backend == "tensorrt" else _onnxruntime_entry
+    entries = []
+    for graph in graphs:
+        entries.append(make(writer, graph, recipe, name))
+        writer.add_engine(entries[-1])
     notes = []
     # Before the commit: no plan in a bundle may lack its note because of a crash.
     if recipe.backend == "tensorrt":
-        notes.append(record_plan(writer.file_entry(entry.file).sha256))
+        notes = [record_plan(writer.file_entry(e.file).sha256) for e in entries]
     if os.path.lexists(writer.folder / SIGNATURE_NAME):
         notes.append("the bundle's signature was removed, as the bundle has changed")
-    return BuiltEngine(writer.commit(), entry, graph, tuple(filter(None, notes)))
+    said = tuple(dict.fromkeys(filter(None, notes)))
+    second = entries[1] if len(entries) > 1 else None
+    return BuiltEngine(writer.commit(), entries[0], graphs[0], said, second)
 
 
 def _from_bundle(
     source: Path, recipe: EngineRecipe, out: Path | None
-) -> tuple[BundleWriter, GraphEntry]:
+) -> tuple[BundleWriter, list[GraphEntry]]:
     if out is not None and out.resolve() != source.resolve():
         raise InputError(
             "a bundle is built in place", fix="copy it first, or leave out --out"
         )
     bundle = open_bundle(source)
-    graph = bundle.graph("step", recipe.precision)
-    fix = f"id3pm-deploy export CHECKPOINT --recipe {recipe.export} --out {source}"
-    if graph is None:
-        raise BuildError(f"{source} holds no step graph in {recipe.precision}", fix=fix)
-    widths = range(RESCALE_COLUMN, STEP_WIDTH + 1)
-    if graph.state_slots != STATE_SLOTS or graph.step_width not in widths:
-        raise BuildError(f"the graph in {source} is of another release", fix=fix)
-    return BundleWriter(source, bundle.manifest), graph
+    graphs = []
+    for stage in bundle.manifest.stages:
+        graph = bundle.graph("step", recipe.precision, stage)
+        of = "" if stage == BASE else f" of its stage {stage}"
+        fix = f"id3pm-deploy export CHECKPOINT --recipe {recipe.export} --out {source}"
+        if graph is None:
+            raise BuildError(
+                f"{source} holds no step graph in {recipe.precision}{of}", fix=fix
+            )
+        widths = range(RESCALE_COLUMN, STEP_WIDTH + 1)
+        if graph.state_slots != STATE_SLOTS or graph.step_width not in widths:
+            raise BuildError(f"the graph in {source} is of another release", fix=fix)
+        graphs.append(graph)
+    return BundleWriter(source, bundle.manifest), graphs
 
 
-def _from_checkpoint(
-    source: Path, recipe: EngineRecipe, out: Path | None
-) -> tuple[BundleWriter, GraphEntry]:
-    if not is_checkpoint(source):
-        raise InputError(
-            f"{source} is neither a CHECKPOINT nor a BUNDLE",
-            fix="give the folder that `train`, `export` or `build-engine` wrote",
-        )
-    folder = out or beside(source, ".bundle")
+def _from_checkpoints(
+    chain: dict[str, Path], recipe: EngineRecipe, out: Path | None
+) -> tuple[BundleWriter, list[GraphEntry]]:
+    for path in chain.values():
+        if not is_checkpoint(path):
+            raise InputError(
+                f"{path} is neither a CHECKPOINT nor a BUNDLE",
+                fix="give the folder that `train`, `export` or `build-engine` wrote",
+            )
+    folder = out or beside(chain[BASE], ".bundle")
     export = _export_recipe(recipe.export)
     if (export.graph, export.precision) != ("step", recipe.precision):
         raise BuildError(
@@ -209,18 +304,19 @@ def _from_checkpoint(
             why=f"it makes a {export.graph} graph in {export.precision}",
             fix="make `export` and `precision` of the engine's recipe agree",
         )
-    if is_bundle(folder):
-        spec, digest = load_spec(source), weights_sha256(source)
-        writer = bundle_writer(folder, spec, digest, __version__)
-        graph = _reusable(Bundle(folder, writer.manifest), export)
-        if graph is not None:
-            return writer, graph
-    return _exported(source, export, Path(recipe.export).stem, folder)
+    writer = _chain_writer(folder, chain)
+    there = Bundle(folder, writer.manifest)
+    name = Path(recipe.export).stem
+    graphs = [
+        _reusable(there, export, stage) or _exported(writer, path, export, name, stage)
+        for stage, path in chain.items()
+    ]
+    return writer, graphs
 
 
-def _reusable(bundle: Bundle, recipe: ExportRecipe) -> GraphEntry | None:
+def _reusable(bundle: Bundle, recipe: ExportRecipe, stage: str) -> GraphEntry | None:
     """The bundle's graph, if the recipe would make the same and it is undamaged."""
-    graph = bundle.graph(recipe.graph, recipe.precision)
+    graph = bundle.graph(recipe.graph, recipe.precision, stage)
     if graph is None or graph != dataclasses.replace(graph, **_settings(recipe)):
         return None
     try:
@@ -237,7 +333,7 @@ def _onnxruntime_entry(
     from ..backends.onnxruntime import OnnxRuntimeEngine
 
     begun = time.perf_counter()
-    shapes = step_shapes(writer.manifest.diffusion)
+    shapes = step_shapes(writer.manifest.stages[graph.stage].diffusion)
     data = writer.read(graph.file)
     with OnnxRuntimeEngine(data, shapes, graph.precision, recipe.threads) as engine:
         error = self_test(engine, writer, graph)
@@ -254,6 +350,7 @@ def _onnxruntime_entry(
         self_test_error=error,
         threads=recipe.threads,
         made_with=_made_with(),
+        stage=graph.stage,
     )
 
 
@@ -280,4 +377,5 @@ def _tensorrt_entry(
         peak_memory_bytes=plan.peak_memory_bytes,
         warnings=plan.warnings,
         made_with=_made_with(),
+        stage=graph.stage,
     )

@@ -9,10 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..backends.base import STEP_INPUTS, STEP_OUTPUTS, step_shapes
+from ..backends.base import STEP_OUTPUTS, StepShapes, step_shapes
 from ..noise import batch_normals
-from ..reference.precision import body_in
-from ..reference.step import step_module
+from ..reference.step import StepModule, StepWithoutIdentity, with_enlarged
 from ..reference.unet import IdentityUNet
 from ..solvers import RESCALE_COLUMN, STATE_SLOTS, SolverSettings, solver_table
 from ..spec import DiffusionSpec
@@ -20,21 +19,59 @@ from .export_recipe import ExportRecipe
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-UNET_INPUTS = ("x", "timestep", "identity")
+UNET_INPUTS = ("x", "timestep", "identity", "low_res")
+"""All that a bare UNet may have; a model has those of the step graph's."""
 UNET_OUTPUTS = ("out",)
 
 
 class _UnetModule(nn.Module):
-    """The bare UNet with named inputs."""
+    """The bare UNet; it enlarges the small pictures of super-resolution itself."""
 
     def __init__(self, network: IdentityUNet) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, timestep: Tensor, identity: Tensor) -> Tensor:
-        """[R, C, H, W], [R], [R, D] to [R, C or 2C, H, W]; see IdentityUNet."""
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        identity: Tensor | None,
+        low_res: Tensor | None = None,
+    ) -> Tensor:
+        """[R, C, H, W], [R], [R, D], [R, C, h, w] to [R, C or 2C, H, W]."""
+        if low_res is not None:
+            x = with_enlarged(x, low_res)
         out: Tensor = self.network(x, timestep, identity)
         return out
+
+
+class _UnetWithoutIdentity(nn.Module):
+    """The same for a model without identity."""
+
+    def __init__(self, unet: _UnetModule) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, low_res: Tensor | None = None
+    ) -> Tensor:
+        """[R, C, H, W], [R], [R, C, h, w] to [R, C or 2C, H, W]."""
+        out: Tensor = self.unet(x, timestep, None, low_res)
+        return out
+
+
+def _unet_names(shapes: StepShapes) -> tuple[str, ...]:
+    known = {"x", "timestep", *shapes.inputs}
+    return tuple(name for name in UNET_INPUTS if name in known)
+
+
+def _small_pictures(shapes: StepShapes, count: int, seed: int) -> Arrays:
+    """``low_res`` in [-1, 1] as super-resolution takes it, if the model is of that
+    kind."""
+    if shapes.low_res is None:
+        return {}
+    drawn = batch_normals(seed, range(count), 4, 0, shapes.low_res)
+    return {"low_res": np.tanh(drawn)}
 
 
 def step_inputs(spec: DiffusionSpec, samples: int, unet_rows: int, seed: int) -> Arrays:
@@ -53,7 +90,7 @@ def step_inputs(spec: DiffusionSpec, samples: int, unet_rows: int, seed: int) ->
     table = solver_table(spec, SolverSettings(solver="ddpm", steps=steps))
     chosen = np.arange(samples) * 3 % (len(table) - 1)
     identity = batch_normals(seed, range(unet_rows), 0, 1, (shapes.identity_dim,))
-    identity[-1] *= 0.0 if unet_rows > 1 else 1.0
+    identity[-1:] *= 0.0 if unet_rows > 1 else 1.0
     row = (np.arange(unet_rows) % samples).astype(np.int32)
     step = table.rows[chosen]
     drawn = batch_normals(seed, range(samples), 3, 0, (1,))
@@ -61,14 +98,16 @@ def step_inputs(spec: DiffusionSpec, samples: int, unet_rows: int, seed: int) ->
     state = np.zeros((STATE_SLOTS, samples, *picture), np.float32)
     for slot in range(STATE_SLOTS):
         state[slot] = batch_normals(seed, range(samples), 1, slot, picture)
-    return {
+    made = {
         "state": state,
         "noise": batch_normals(seed, range(samples), 2, 0, picture),
         "identity": identity,
         "row": row,
         "mix": _guided_mix(row, samples),
         "step": step,
+        **_small_pictures(shapes, samples, seed),
     }
+    return {name: made[name] for name in shapes.inputs}
 
 
 def _guided_mix(row: npt.NDArray[np.int32], samples: int) -> npt.NDArray[np.float32]:
@@ -88,21 +127,35 @@ def unet_inputs(spec: DiffusionSpec, unet_rows: int, seed: int) -> Arrays:
     """Random inputs of the bare UNet, R rows."""
     shapes = step_shapes(spec)
     times = np.linspace(0, spec.schedule.timesteps - 1, unet_rows)
-    return {
+    made = {
         "x": batch_normals(seed, range(unet_rows), 0, 0, shapes.picture),
         "timestep": times.astype(np.float32),
         "identity": batch_normals(seed, range(unet_rows), 0, 1, (shapes.identity_dim,)),
+        **_small_pictures(shapes, unet_rows, seed),
     }
+    return {name: made[name] for name in _unet_names(shapes)}
 
 
 def module_and_names(
-    network: IdentityUNet, recipe: ExportRecipe
+    body: IdentityUNet, recipe: ExportRecipe
 ) -> tuple[nn.Module, tuple[str, ...], tuple[str, ...]]:
-    """The module that a recipe exports, and the names of its inputs and outputs."""
+    """The module that a recipe exports, and the names of its inputs and outputs, of a
+    network that is in the recipe's form already."""
+    model = body.spec
+    shapes = StepShapes(
+        model.image_channels,
+        model.image_size,
+        body.identity_dim,
+        model.low_res_size,
+    )
+    known = "identity" in shapes.inputs
     if recipe.graph == "step":
-        return step_module(network, recipe.form), STEP_INPUTS, STEP_OUTPUTS
-    body = body_in(network, recipe.form)
-    return _UnetModule(body).eval(), UNET_INPUTS, UNET_OUTPUTS
+        step = StepModule(body).eval()
+        module = step if known else StepWithoutIdentity(step).eval()
+        return module, shapes.inputs, STEP_OUTPUTS
+    bare = _UnetModule(body).eval()
+    unet = bare if known else _UnetWithoutIdentity(bare).eval()
+    return unet, _unet_names(shapes), UNET_OUTPUTS
 
 
 def example_inputs(
@@ -114,10 +167,20 @@ def example_inputs(
     return unet_inputs(spec, size[1], seed=size[1])
 
 
-def dynamic_shapes(recipe: ExportRecipe) -> tuple[dict[int, Any], ...]:
-    """Which axes of the inputs may have any size, for ``torch.onnx.export``."""
-    r = torch.export.Dim("R", min=1, max=4096)
+def dynamic_shapes(
+    recipe: ExportRecipe, inputs: tuple[str, ...]
+) -> tuple[dict[int, Any], ...]:
+    """Which axes of the named inputs may have any size, for ``torch.onnx.export``."""
+    # diffusers' upsampling does something else from 64 rows on, which is nothing in
+    # ONNX; a wider range would have the exporter trace twice and arrive at this one.
+    r = torch.export.Dim("R", min=1, max=63)
     if recipe.graph == "unet":
-        return ({0: r}, {0: r}, {0: r})
+        return ({0: r},) * len(inputs)
     b = torch.export.Dim("B", min=1, max=2048)
-    return ({1: b}, {0: b}, {0: r}, {0: r}, {1: b, 2: r}, {0: b})
+    axes: dict[str, dict[int, Any]] = {
+        "state": {1: b},
+        "identity": {0: r},
+        "row": {0: r},
+        "mix": {1: b, 2: r},
+    }
+    return tuple(axes.get(name, {0: b}) for name in inputs)

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import BundleError
-from ..spec import DiffusionSpec
+from ..errors import BundleError, InputError
+from ..spec import DiffusionSpec, check_chain
 from ..versioned_json import JsonFormat
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.sig"
+
+BASE, SUPER_RESOLUTION = "base", "super_resolution"
+"""Stages: the model of ``diffusion``, and the one behind it that enlarges."""
 
 MAX_FILES = 1024
 MAX_FILE_BYTES = (8 << 30) - 1
@@ -63,7 +66,8 @@ class GraphEntry:
 
     ``golden`` is an .npz with random inputs and what PyTorch made of them;
     ``max_relative_error`` is ONNX Runtime's against PyTorch over all checked sizes;
-    ``made_with`` gives the versions of what exported it, by package.
+    ``made_with`` gives the versions of what exported it, by package. ``stage`` says of
+    which of the bundle's models it is, ``body`` in which form the UNet was exported.
     """
 
     file: str
@@ -78,6 +82,8 @@ class GraphEntry:
     golden: str
     recipe: str = ""
     made_with: dict[str, Any] = field(default_factory=dict)
+    stage: str = BASE
+    body: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ class EngineEntry:
     it loads (ONNX Runtime). ``compute_capabilities`` are those a portable plan targets;
     ``gpu_name``, ``compute_capability``, ``multiprocessors`` and ``cuda`` describe the
     GPU and the CUDA that a plan is bound to. ``warnings`` is what the library that
-    built it warned of. None stands for what does not apply or was not measured.
+    built it warned of. ``stage`` is its graph's. None stands for what does not apply or
+    was not measured.
     """
 
     target: str
@@ -111,6 +118,21 @@ class EngineEntry:
     threads: int = 0
     warnings: tuple[str, ...] = ()
     made_with: dict[str, Any] = field(default_factory=dict)
+    stage: str = BASE
+
+    @property
+    def label(self) -> str:
+        """What tells it from the bundle's other engines: its target, and its stage
+        where that is not the base."""
+        return self.target if self.stage == BASE else f"{self.target} ({self.stage})"
+
+
+@dataclass(frozen=True)
+class SecondStage:
+    """The super-resolution model of a bundle that has one behind its base."""
+
+    diffusion: DiffusionSpec
+    checkpoint_sha256: str
 
 
 @dataclass(frozen=True)
@@ -123,6 +145,7 @@ class Manifest:
     files: dict[str, Any]
     graphs: tuple[GraphEntry, ...] = ()
     engines: tuple[EngineEntry, ...] = ()
+    super_resolution: SecondStage | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values, with format and version first."""
@@ -142,6 +165,14 @@ class Manifest:
             raise BundleError(
                 f"the manifest does not describe the file {name!r:.120}", fix=_FIX
             ) from error
+
+    @property
+    def stages(self) -> dict[str, SecondStage]:
+        """Function and weights of each stage, base first."""
+        found = {BASE: SecondStage(self.diffusion, self.checkpoint_sha256)}
+        if self.super_resolution is not None:
+            found[SUPER_RESOLUTION] = self.super_resolution
+        return found
 
     @property
     def plans(self) -> tuple[EngineEntry, ...]:
@@ -180,9 +211,27 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     """
     _check_files(manifest, where)
     _check_hash(manifest.checkpoint_sha256, f"{where}, checkpoint_sha256")
+    _check_second_stage(manifest, where)
     for name in used_files(manifest):
         manifest.file_entry(name)
     _check_entries(manifest, where)
+
+
+def _check_second_stage(manifest: Manifest, where: str) -> None:
+    second = manifest.super_resolution
+    if second is None:
+        return
+    _check_hash(
+        second.checkpoint_sha256, f"{where}, super_resolution, checkpoint_sha256"
+    )
+    try:
+        check_chain(manifest.diffusion, second.diffusion)
+    except InputError as error:
+        raise BundleError(
+            f"{where}: its super_resolution does not fit behind its base",
+            why=f"{error.what}; {error.why}",
+            fix=_FIX,
+        ) from error
 
 
 def _check_files(manifest: Manifest, where: str) -> None:
@@ -228,13 +277,21 @@ def _check_entries(manifest: Manifest, where: str) -> None:
     entries: list[GraphEntry | EngineEntry] = [*manifest.graphs, *manifest.engines]
     for entry in entries:
         _check_ranges(entry, where)
-    _check_unique((f"{g.kind} {g.precision}" for g in manifest.graphs), where, "graph")
-    _check_unique((e.target for e in manifest.engines), where, "engine")
-    graphs = {graph.file for graph in manifest.graphs}
-    for engine in manifest.engines:
-        if engine.graph not in graphs:
+        if entry.stage not in manifest.stages:
             raise BundleError(
-                f"the engine {engine.target!r:.80} names a graph that is not listed",
+                f"{where}: the bundle has no stage {entry.stage!r:.40}",
+                why=f"it has {', '.join(manifest.stages)}",
+                fix=_FIX,
+            )
+    named = [f"{g.stage} {g.kind} {g.precision}" for g in manifest.graphs]
+    _check_unique(named, where, "graph")
+    _check_unique((f"{e.stage} {e.target}" for e in manifest.engines), where, "engine")
+    graphs = {(graph.stage, graph.file) for graph in manifest.graphs}
+    for engine in manifest.engines:
+        if (engine.stage, engine.graph) not in graphs:
+            raise BundleError(
+                f"the engine {engine.target!r:.80} names a graph that is not listed "
+                "for its stage",
                 why=f"its graph is {engine.graph!r:.80}",
                 fix="build it again with `id3pm-deploy build-engine CHECKPOINT "
                 "--target TARGET --out BUNDLE`",

@@ -1,4 +1,4 @@
-"""Older bundles: version 1 becomes version 2. Only the manifest is rewritten."""
+"""Older bundles become this release's version. Only the manifest is rewritten."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ from .manifest import (
 from .reader import manifest_bytes
 from .writer import locked, write_manifest
 
-_NEW_IN_2 = {
-    "graphs": ("made_with",),
-    "engines": (
-        "gpu_name",
-        "compute_capability",
-        "multiprocessors",
-        "cuda",
-        "made_with",
-    ),
+_NEW_IN: dict[int, dict[str, tuple[str, ...]]] = {
+    2: {
+        "graphs": ("made_with",),
+        "engines": (
+            "gpu_name",
+            "compute_capability",
+            "multiprocessors",
+            "cuda",
+            "made_with",
+        ),
+    },
+    3: {"graphs": ("stage", "body"), "engines": ("stage",)},
 }
+"""Keys that a version brought, which an older one must not have."""
 
 
 def migrate_bundle(folder: Path) -> int:
@@ -58,25 +62,44 @@ def _migrated(folder: Path) -> tuple[int, Manifest]:
     data = manifest_bytes(folder)
     values = MANIFEST.values(data, str(path))
     version = values.get("format_version")
-    if type(version) is not int or version != 1:
+    if type(version) is not int or not 0 < version < FORMAT_VERSION:
         return FORMAT_VERSION, manifest_from_bytes(data, path)
-    body = dataclasses.replace(MANIFEST, version=1).body(values, str(path))
-    return 1, manifest_from_body(_from_version_1(body, str(path)), str(path))
+    old = dataclasses.replace(MANIFEST, version=version)
+    body = old.body(values, str(path))
+    if version < 2:
+        body = _from_version_1(body, str(path))
+    body = _from_version_2(body, f"{path} is not of format version {version}")
+    return version, manifest_from_body(body, str(path))
 
 
 def _from_version_1(body: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Entries keep their keys; the new ones take the values that mean "not known"."""
-    changed = dict(body)
-    for name, new in _NEW_IN_2.items():
-        entries = body.get(name)
-        if not isinstance(entries, list):
-            raise BundleError(f"{where} lacks the list {name}")
-        for entry in entries:
-            if not isinstance(entry, dict) or set(new) & entry.keys():
-                raise BundleError(f"{where} is not of format version 1, in {name}")
+    _check_new(body, 2, f"{where} is not of format version 1")
     # Version 1 wrote 0 where the peak memory was not measured.
-    changed["engines"] = [
+    engines = [
         {**entry, "peak_memory_bytes": entry.get("peak_memory_bytes") or None}
         for entry in body["engines"]
     ]
-    return changed
+    return {**body, "engines": engines}
+
+
+def _from_version_2(body: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """One stage, models with identity and without super-resolution: the new keys'
+    defaults say that."""
+    _check_new(body, 3, what)
+    diffusion = body.get("diffusion")
+    model = diffusion.get("model") if isinstance(diffusion, dict) else None
+    if "super_resolution" in body or "low_res_size" in (model or ()):
+        raise BundleError(what, why="it has keys of version 3")
+    return dict(body)
+
+
+def _check_new(body: Mapping[str, Any], version: int, what: str) -> None:
+    """Raise :class:`BundleError` where entries have keys that ``version`` brought."""
+    for name, new in _NEW_IN[version].items():
+        entries = body.get(name, [] if version > 2 else None)
+        if not isinstance(entries, list):
+            raise BundleError(what, why=f"it lacks the list {name}")
+        for entry in entries:
+            if not isinstance(entry, dict) or set(new) & entry.keys():
+                raise BundleError(what, why=f"its {name} have keys of a later version")

@@ -14,6 +14,7 @@ from ..errors import BundleError
 from ..files import open_plain
 from ..user_folders import cache_folder
 from .manifest import (
+    BASE,
     MANIFEST,
     MANIFEST_NAME,
     FileEntry,
@@ -103,10 +104,10 @@ class Bundle:
         with self._opened(name, entry) as handle:
             yield from checked(handle, entry, lambda: self._changed(name))
 
-    def graph(self, kind: str, precision: str) -> GraphEntry | None:
-        """The graph of that kind and precision, if the bundle holds one."""
+    def graph(self, kind: str, precision: str, stage: str = BASE) -> GraphEntry | None:
+        """The graph of that kind, precision and stage, if the bundle holds one."""
         for entry in self.manifest.graphs:
-            if (entry.kind, entry.precision) == (kind, precision):
+            if (entry.kind, entry.precision, entry.stage) == (kind, precision, stage):
                 return entry
         return None
 

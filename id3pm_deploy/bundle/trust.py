@@ -75,7 +75,7 @@ def check_plan_trusted(
     found = plan_trust(bundle, entry)
     if not found.trusted and not trust:
         raise TrustError(
-            f"the plan of the engine {entry.target!r:.80} in {bundle.folder} is not "
+            f"the plan of the engine {entry.label!r:.80} in {bundle.folder} is not "
             "trusted",
             why=f"a plan is native code; {found.reason}",
             fix="build it here with `build-engine`, trust the signer's key with "

@@ -25,7 +25,7 @@ class Verification:
         files: Number of listed files.
         size: Bytes in them.
         signature: Whose, and whether it is good.
-        plans: By target, whether each plan may be loaded.
+        plans: By its engine's label, whether each plan may be loaded.
         unlisted: Names in the folder that the manifest does not list; nothing reads
             them.
     """
@@ -126,5 +126,5 @@ def _verification(
 ) -> Verification:
     manifest = bundle.manifest
     sizes = [manifest.file_entry(name).size for name in manifest.files]
-    plans = {e.target: plan_trust(bundle, e, signature) for e in manifest.plans}
+    plans = {e.label: plan_trust(bundle, e, signature) for e in manifest.plans}
     return Verification(kind, len(sizes), sum(sizes), signature, plans, unlisted)

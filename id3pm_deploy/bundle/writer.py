@@ -18,9 +18,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import BundleError, Id3pmError
-from ..files import json_text, make_folder, output_error, write_bytes
+from ..files import (
+    ScratchFile,
+    atomic_path,
+    json_text,
+    make_folder,
+    output_error,
+    sha256_of_file,
+    write_bytes,
+)
 from ..spec import DiffusionSpec
 from .manifest import (
+    BASE,
     MANIFEST,
     MANIFEST_NAME,
     SIGNATURE_NAME,
@@ -28,6 +37,7 @@ from .manifest import (
     FileEntry,
     GraphEntry,
     Manifest,
+    SecondStage,
     check_manifest,
     used_files,
 )
@@ -42,13 +52,19 @@ _LEFTOVER = re.compile(r"\.lock|\..+\.tmp|.+-[0-9a-f]{12}\.(onnx|npz|plan)")
 
 def _differences(one: Manifest, other: Manifest) -> list[str]:
     """Which facts that fix the computed function differ; not title and origin."""
-    names = one.diffusion.differences(other.diffusion)
-    same = one.checkpoint_sha256 == other.checkpoint_sha256
-    return names if same else [*names, "weights"]
+    found: list[str] = []
+    for stage in one.stages.keys() & other.stages.keys():
+        ours, theirs = one.stages[stage], other.stages[stage]
+        names = ours.diffusion.differences(theirs.diffusion)
+        if ours.checkpoint_sha256 != theirs.checkpoint_sha256:
+            names.append("weights")
+        found += names if stage == BASE else [f"{stage}.{name}" for name in names]
+    return found
 
 
 def _current(folder: Path, wanted: Manifest) -> Manifest:
-    """The manifest in ``folder``, or an empty one of the checkpoint of ``wanted``."""
+    """The manifest in ``folder``, or an empty one of the checkpoint of ``wanted``; with
+    its second stage if that alone has one."""
     if not is_bundle(folder):
         return dataclasses.replace(wanted, files={}, graphs=(), engines=())
     there = open_bundle(folder).manifest
@@ -58,7 +74,10 @@ def _current(folder: Path, wanted: Manifest) -> Manifest:
             why=f"these differ: {', '.join(found)}",
             fix="choose another --out",
         )
-    return there
+    second = there.super_resolution or wanted.super_resolution
+    joined = dataclasses.replace(there, super_resolution=second)
+    check_manifest(joined, str(folder / MANIFEST_NAME))
+    return joined
 
 
 @contextlib.contextmanager
@@ -108,26 +127,29 @@ class BundleWriter:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._data: dict[str, bytes] = {}
+        self._data: dict[str, bytes | ScratchFile] = {}
         self._entries: dict[str, FileEntry] = {}
         self._graphs: list[GraphEntry] = []
         self._engines: list[EngineEntry] = []
 
-    def add_file(self, prefix: str, suffix: str, data: bytes) -> str:
+    def add_file(self, prefix: str, suffix: str, data: bytes | ScratchFile) -> str:
         """Keep ``data`` under a name made of its SHA-256; returns the name."""
-        digest = hashlib.sha256(data).hexdigest()
+        if isinstance(data, ScratchFile):
+            size, digest = data.size, data.sha256()
+        else:
+            size, digest = len(data), hashlib.sha256(data).hexdigest()
         plain = re.sub(r"[^A-Za-z0-9]+", "-", prefix).strip("-")[:60] or "file"
         name = f"{plain}-{digest[:12]}{suffix}"
         self._data[name] = data
-        self._entries[name] = FileEntry(len(data), digest)
+        self._entries[name] = FileEntry(size, digest)
         return name
 
     def add_graph(self, entry: GraphEntry) -> None:
-        """List a graph, replacing the one of the same kind and precision."""
+        """List a graph, replacing the one of the same stage, kind and precision."""
         self._graphs.append(entry)
 
     def add_engine(self, entry: EngineEntry) -> None:
-        """List an engine, replacing the one of the same target."""
+        """List an engine, replacing the one of the same stage and target."""
         self._engines.append(entry)
 
     def file_entry(self, name: str) -> FileEntry:
@@ -141,7 +163,8 @@ class BundleWriter:
     def read(self, name: str) -> bytes:
         """The bytes of an added file, or of one in the bundle, as Bundle.read."""
         if name in self._data:
-            return self._data[name]
+            data = self._data[name]
+            return data.read() if isinstance(data, ScratchFile) else data
         return Bundle(self.folder, self.manifest).read(name)
 
     def commit(self) -> Bundle:
@@ -172,10 +195,12 @@ class BundleWriter:
 
     def _merged(self, base: Manifest) -> Manifest:
         """``base`` with what was added and without what nothing uses any more."""
-        graphs = _replaced(base.graphs, self._graphs, lambda g: (g.kind, g.precision))
-        engines = _replaced(base.engines, self._engines, lambda e: e.target)
-        listed = {graph.file for graph in graphs}
-        if any(entry.graph not in listed for entry in self._engines):
+        graphs = _replaced(
+            base.graphs, self._graphs, lambda g: (g.stage, g.kind, g.precision)
+        )
+        engines = _replaced(base.engines, self._engines, lambda e: (e.stage, e.target))
+        listed = {(graph.stage, graph.file) for graph in graphs}
+        if any((entry.stage, entry.graph) not in listed for entry in self._engines):
             raise BundleError(
                 f"the graph of the new engine is no longer in {self.folder}",
                 why="another process has exported it anew meanwhile",
@@ -184,7 +209,7 @@ class BundleWriter:
         manifest = dataclasses.replace(
             base,
             graphs=graphs,
-            engines=tuple(entry for entry in engines if entry.graph in listed),
+            engines=tuple(e for e in engines if (e.stage, e.graph) in listed),
         )
         files = dict(base.files)
         files |= {n: dataclasses.asdict(e) for n, e in self._entries.items()}
@@ -198,10 +223,14 @@ class BundleWriter:
         """Write an added file unless it is there already, whole and right."""
         data, path = self._data[name], self.folder / name
         with contextlib.suppress(OSError):
-            right = stat.S_ISREG(path.lstat().st_mode) and path.read_bytes() == data
-            if right:
+            wanted = self._entries[name].sha256
+            if stat.S_ISREG(path.lstat().st_mode) and sha256_of_file(path) == wanted:
                 return
-        write_bytes(path, data)
+        if isinstance(data, ScratchFile):
+            with atomic_path(path) as temporary:
+                data.copy_to(temporary)
+        else:
+            write_bytes(path, data)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> bytes:
@@ -249,17 +278,35 @@ def _tidy(folder: Path, names: set[str], new: bool) -> None:
 
 
 def bundle_writer(
-    folder: Path, diffusion: DiffusionSpec, checkpoint_sha256: str, tool_version: str
+    folder: Path,
+    diffusion: DiffusionSpec,
+    checkpoint_sha256: str,
+    tool_version: str,
+    super_resolution: SecondStage | None = None,
 ) -> BundleWriter:
     """A writer for a new bundle, or for the one in ``folder`` if it is of the same
-    checkpoint.
+    checkpoints.
+
+    Args:
+        folder: Where the bundle is to lie.
+        diffusion: The model's facts.
+        checkpoint_sha256: Of its weights.
+        tool_version: This release.
+        super_resolution: The model behind it, which a bundle may get later; None
+            leaves the one that is there.
 
     Raises:
         BundleError: ``folder`` holds a bundle of another checkpoint or with other
             settings, or other files.
         OutputError: It cannot be looked into.
     """
-    wanted = Manifest(diffusion, checkpoint_sha256, tool_version, {})
+    wanted = Manifest(
+        diffusion,
+        checkpoint_sha256,
+        tool_version,
+        {},
+        super_resolution=super_resolution,
+    )
     if not is_bundle(folder) and not _is_free(folder):
         raise BundleError(
             f"{folder} exists and is not a bundle", fix="choose another --out"

@@ -8,22 +8,29 @@ from typing import Any
 
 import click
 
-from .options import PATH, option
+from .options import PATH, option, super_resolution_option
 
 
 @click.command(name="build-engine")
 @click.argument("source", type=PATH)
+@super_resolution_option
 @option("--target", default="cpu", help="Recipe in engines/, or a TOML file.")
 @click.option("--out", type=PATH, help="BUNDLE folder.  [default: SOURCE.bundle]")
 @click.option("--dry-run", is_flag=True, help="Print what the recipe resolves to.")
 @click.option("--json", "as_json", is_flag=True, help="Print the engine's entry.")
 def command(
-    source: Path, target: str, out: Path | None, dry_run: bool, as_json: bool
+    source: Path,
+    super_resolution: Path | None,
+    target: str,
+    out: Path | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Compile SOURCE, a CHECKPOINT or a BUNDLE, into an engine for a target.
 
     The engine is added to the BUNDLE with what it was built for and how it did in its
-    self-test. A bundle is built in place.
+    self-test. A bundle is built in place. Where there are two stages, given with
+    --super-resolution or held by a bundle, each gets its engine.
     """
     from dataclasses import asdict
 
@@ -37,23 +44,24 @@ def command(
         return
     from ..builders.build import build_engine
 
-    built = build_engine(source, target, out)
+    built = build_engine(source, target, out, super_resolution)
     for note in built.notes:
         click.echo(f"warning: {note}", err=True)
     if as_json:
-        click.echo(
-            json.dumps({"bundle": str(built.bundle.folder), **asdict(built.entry)})
-        )
+        facts = {"bundle": str(built.bundle.folder), **asdict(built.entry)}
+        if built.super_resolution is not None:
+            facts["super_resolution"] = asdict(built.super_resolution)
+        click.echo(json.dumps(facts))
         return
-    for name, text in _lines(built):
-        click.echo(f"{name:<10} {text}")
+    click.echo(f"{'bundle':<10} {built.bundle.folder}")
+    for entry in filter(None, (built.entry, built.super_resolution)):
+        for name, text in _lines(built.bundle, entry):
+            click.echo(f"{name:<10} {text}")
 
 
-def _lines(built: Any) -> list[tuple[str, str]]:
-    entry, bundle = built.entry, built.bundle
+def _lines(bundle: Any, entry: Any) -> list[tuple[str, str]]:
     size = bundle.manifest.file_entry(entry.file).size / 1e6
     lines = [
-        ("bundle", str(bundle.folder)),
         ("engine", f"{entry.file} ({size:.1f} MB)"),
         ("runs on", f"{entry.flavour} {entry.version}, {entry.precision}"),
         ("built in", f"{entry.build_seconds:.1f} s"),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .options import PATH, option
+from .options import PATH, option, super_resolution_option
 
 
 @click.command(name="export")
 @click.argument("checkpoint", type=PATH)
+@super_resolution_option
 @click.option("--out", type=PATH, help="BUNDLE folder.  [default: CHECKPOINT.bundle]")
 @option("--recipe", default="float32", help="Name in export/, or a TOML file.")
 @option(
@@ -23,13 +25,19 @@ from .options import PATH, option
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    checkpoint: Path, out: Path | None, recipe: str, graph: str, as_json: bool
+    checkpoint: Path,
+    super_resolution: Path | None,
+    out: Path | None,
+    recipe: str,
+    graph: str,
+    as_json: bool,
 ) -> None:
     """Export CHECKPOINT to an ONNX graph in a BUNDLE.
 
     The graph is checked by onnx's full checker and compared with PyTorch under ONNX
     Runtime at several sizes before it is kept. A graph of the same kind and precision
-    in the bundle is replaced.
+    in the bundle is replaced. With --super-resolution, the bundle holds both stages of
+    a chain.
     """
     from dataclasses import asdict
 
@@ -40,20 +48,24 @@ def command(
     folder = out or beside(checkpoint, ".bundle")
     make = export_unet if graph == "unet" else export_bundle
     signed = os.path.lexists(folder / SIGNATURE_NAME)
-    bundle = make(checkpoint, recipe, folder)
+    bundle = make(checkpoint, recipe, folder, super_resolution)
     if signed:
         click.echo("warning: the bundle's signature was removed", err=True)
-    entry = bundle.manifest.graphs[-1]
+    entries = bundle.manifest.graphs[-1 if super_resolution is None else -2 :]
     if as_json:
-        click.echo(json.dumps({"bundle": str(folder), **asdict(entry)}))
+        facts: dict[str, Any] = {"bundle": str(folder), **asdict(entries[0])}
+        for second in entries[1:]:
+            facts[second.stage] = asdict(second)
+        click.echo(json.dumps(facts))
         return
-    size = bundle.manifest.file_entry(entry.file).size / 1e6
     click.echo(f"bundle  {folder}")
-    click.echo(
-        f"graph   {entry.file} ({entry.kind}, {entry.precision}, opset {entry.opset}, "
-        f"{size:.1f} MB)"
-    )
-    click.echo(
-        f"parity  relative error {entry.max_relative_error:.1e} against PyTorch, "
-        f"tolerance {entry.tolerance_step:.0e}"
-    )
+    for entry in entries:
+        size = bundle.manifest.file_entry(entry.file).size / 1e6
+        click.echo(
+            f"graph   {entry.file} ({entry.kind}, {entry.precision}, "
+            f"opset {entry.opset}, {size:.1f} MB)"
+        )
+        click.echo(
+            f"parity  relative error {entry.max_relative_error:.1e} against PyTorch, "
+            f"tolerance {entry.tolerance_step:.0e}"
+        )

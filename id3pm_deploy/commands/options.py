@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from ..defaults import (
     SOLVER,
     SOLVERS,
     SPACINGS,
+    SR_GUIDANCE,
     STEPS,
     VARIANCES,
 )
@@ -43,6 +44,13 @@ def _scales(
     return scales if len(scales) > 1 else scales[0]
 
 
+super_resolution_option = click.option(
+    "--super-resolution",
+    type=PATH,
+    metavar="CHECKPOINT",
+    help="Second stage, which enlarges what the first one makes.",
+)
+
 trust_option = click.option(
     "--trust",
     is_flag=True,
@@ -62,7 +70,7 @@ _GUIDANCE_OPTIONS = (
         default=str(GUIDANCE),
         metavar="SCALE[,SCALE...]",
         callback=_scales,
-        help="Guidance scale, or one for each table row.",
+        help="Guidance scale, or one for each table row; 1 without identity.",
     ),
     option(
         "--guidance-schedule",
@@ -149,6 +157,28 @@ def guidance_settings(values: dict[str, Any]) -> Any:
         rescale=values["guidance_rescale"],
         guide_variance=values["guide_variance"],
     )
+
+
+def given(ctx: click.Context, name: str) -> bool:
+    """Whether the user gave the option, and not its default."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def flags(ctx: click.Context, names: Iterable[str]) -> str:
+    """Options as they are typed, for a message."""
+    known = {one.name: one.opts[0] for one in ctx.command.params}
+    return ", ".join(known[name] for name in names)
+
+
+def own_guidance(ctx: click.Context, values: dict[str, Any], spec: Any) -> None:
+    """Put the guidance that fits a model in place where the user gave none."""
+    if given(ctx, "guidance"):
+        return
+    if spec.model.low_res_size is not None:
+        values["guidance"] = SR_GUIDANCE
+    if not spec.identity.dim:
+        values["guidance"] = 1.0
 
 
 def sample_settings(values: dict[str, Any], **rest: Any) -> Any:

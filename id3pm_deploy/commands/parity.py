@@ -8,11 +8,20 @@ from typing import Any
 
 import click
 
-from ..defaults import BACKENDS, COUNT
+from ..defaults import BACKENDS, COUNT, PRECISIONS
 from ..errors import InputError, ParityError
-from .options import PATH, option, sample_settings, sampling_options, trust_option
+from .options import (
+    PATH,
+    flags,
+    given,
+    option,
+    own_guidance,
+    sample_settings,
+    sampling_options,
+    trust_option,
+)
 
-_PRECISIONS = click.Choice(["float32", "float16"])
+_PRECISIONS = click.Choice(PRECISIONS)
 _MEANINGLESS = {
     "golden": "the file says what is to be made",
     "record": "golden data is recorded from random identities, without a report",
@@ -38,6 +47,12 @@ _MEANINGLESS = {
 @click.option("--identity", type=PATH, metavar="FILE.npz", help="[default: random]")
 @sampling_options
 @option("--count", default=COUNT, help="Pictures of each identity.")
+@option(
+    "--stage",
+    default="base",
+    type=click.Choice(["base", "super-resolution"]),
+    help="Which model of a BUNDLE of two.",
+)
 @option("--backend", default="auto", type=click.Choice(BACKENDS))
 @option("--precision", type=_PRECISIONS, help="If several.")
 @option("--device", default="cpu", help="Device of the torch backend.")
@@ -70,21 +85,22 @@ def command(
     index.html, parity.json, parity.md and parity.png. The exit status is 1 when an
     error is past its tolerance, which options can tighten and nothing can loosen.
 
-    Two BUNDLEs, or a BUNDLE and recorded data, need no PyTorch. With both --golden and
+    Of a chain, one stage is compared at a time. Two BUNDLEs, or a BUNDLE and recorded
+    data, need no PyTorch. With both --golden and
     --against, table rows are held against the latter on the recorded noise.
     """
     if record is not None:
         _refuse_unused(
             ctx, "record", ("golden", "against", "out", "identity", "judge", "as_json")
         )
-        _record(record, model, values)
+        _record(ctx, record, model, values)
         return
     if out is None:
         raise InputError("--out is missing", fix="give a folder for the report")
     if golden is not None:
         unused = ("identity", "judge", "count", *_sampling_names())
         _refuse_unused(ctx, "golden", unused)
-    report = _compare(model, against, golden, out, values)
+    report = _compare(ctx, model, against, golden, out, values)
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:
@@ -108,15 +124,10 @@ def _sampling_names() -> tuple[str, ...]:
 
 
 def _refuse_unused(ctx: click.Context, mode: str, names: tuple[str, ...]) -> None:
-    given = [
-        name
-        for name in names
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    ]
-    if given:
-        flags = {one.name: one.opts[0] for one in ctx.command.params}
+    unused = [name for name in names if given(ctx, name)]
+    if unused:
         raise InputError(
-            f"{', '.join(flags[name] for name in given)} cannot go with --{mode}",
+            f"{flags(ctx, unused)} cannot go with --{mode}",
             why=_MEANINGLESS[mode],
             fix="leave it out",
         )
@@ -128,6 +139,7 @@ def _sides(
     from ..parity.sides import SideRequest
 
     common = {"threads": values["threads"], "trust": values["trust"]}
+    common["stage"] = values["stage"].replace("-", "_")
     names = ("backend", "precision", "device")
     first = SideRequest(model, **{n: values[n] for n in names}, **common)
     if against is None:
@@ -136,15 +148,19 @@ def _sides(
     return first, SideRequest(against, **chosen, **common)
 
 
-def _record(path: Path, model: Path, values: dict[str, Any]) -> None:
+def _record(
+    ctx: click.Context, path: Path, model: Path, values: dict[str, Any]
+) -> None:
     from ..parity.run import record_to_file
 
     side, _ = _sides(model, None, values)
+    own_guidance(ctx, values, side.open_model().spec)
     record_to_file(path, side, sample_settings(values, count=values["count"]))
     click.echo(f"recorded  {path}")
 
 
 def _compare(
+    ctx: click.Context,
     model: Path,
     against: Path | None,
     golden: Path | None,
@@ -171,6 +187,7 @@ def _compare(
     tighter = Tightening(values["tolerance_step"], values["tolerance_trajectory"])
     if golden is not None:
         return golden_to_folder(out, GoldenRequest(first, golden, second, tighter))
+    own_guidance(ctx, values, first.open_model().spec)
     return parity_to_folder(
         out,
         ParityRequest(

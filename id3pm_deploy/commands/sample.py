@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..defaults import BACKENDS, BATCH_SIZE, COUNT
+from ..defaults import (
+    BACKENDS,
+    BATCH_SIZE,
+    COUNT,
+    PRECISIONS,
+    SOLVERS,
+    SR_BATCH_SIZE,
+    SR_GUIDANCE,
+    SR_SOLVER,
+    SR_STEPS,
+)
 from ..errors import InputError
-from .options import PATH, option, sample_settings, sampling_options, trust_option
+from .options import (
+    PATH,
+    flags,
+    given,
+    option,
+    own_guidance,
+    sample_settings,
+    sampling_options,
+    trust_option,
+)
+
+if TYPE_CHECKING:
+    from ..enlarging import Enlarging, GivenPictures
+    from ..identity.vectors import IdentityFile
+    from ..models import Model
+
+_SECOND = ("sr_solver", "sr_steps", "sr_guidance", "sr_batch_size")
 
 
 @click.command(name="sample")
@@ -25,30 +52,49 @@ from .options import PATH, option, sample_settings, sampling_options, trust_opti
     default=BATCH_SIZE,
     help="Pictures made at once; cannot change them.",
 )
+@click.option(
+    "--super-resolution",
+    type=PATH,
+    metavar="MODEL",
+    help="Second stage, a CHECKPOINT or BUNDLE; a BUNDLE may hold its own.",
+)
+@option(
+    "--stages",
+    default="all",
+    type=click.Choice(["all", "base"]),
+    help="base: stop after the first of two.",
+)
+@option("--sr-solver", default=SR_SOLVER, type=click.Choice(SOLVERS))
+@option("--sr-steps", default=SR_STEPS, help="Solver steps of the second stage.")
+@option("--sr-guidance", default=SR_GUIDANCE, help="Its guidance scale.")
+@option("--sr-batch-size", default=SR_BATCH_SIZE, help="Its pictures at once.")
+@click.option(
+    "--low-res",
+    type=PATH,
+    metavar="PNG|FOLDER",
+    help="Pictures that MODEL, a super-resolution model, enlarges.",
+)
 @option(
     "--backend",
     default="auto",
     type=click.Choice(BACKENDS),
     help="auto: onnxruntime for a BUNDLE, torch for a CHECKPOINT.",
 )
-@option("--precision", type=click.Choice(["float32", "float16"]), help="If several.")
+@option("--precision", type=click.Choice(PRECISIONS), help="If several.")
 @option("--threads", default=0, help="CPU threads; 0 leaves the runtime's choice.")
 @option("--device", default="cpu", help="Device of the torch backend.")
 @trust_option
 @click.option("--force", is_flag=True, help="Replace an earlier run in OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run record.")
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     model: Path,
     identity: Path | None,
     unconditional: bool,
     out: Path,
-    count: int,
-    batch_size: int,
-    backend: str,
-    precision: str | None,
-    threads: int,
-    device: str,
-    trust: bool,
+    low_res: Path | None,
     force: bool,
     as_json: bool,
     **values: Any,
@@ -57,35 +103,142 @@ def command(
 
     MODEL is a BUNDLE or a CHECKPOINT. OUT gets numbered PNGs that are marked as
     generated, a contact sheet, and record.json, from which the run can be repeated.
+
+    A second stage enlarges what the first one makes, in 8 bits: it makes the same of
+    the pictures that the first one wrote, given to it with --low-res.
     """
-    if (identity is None) != unconditional:
-        raise InputError(
-            "give either --identity FILE.npz or --unconditional",
-            fix="make the file with `id3pm-deploy embed PHOTO --out FILE.npz`",
-        )
     from ..generate import check_output, conditions, sample_to_folder
     from ..identity.vectors import load_identities
     from ..models import open_engine, open_model
 
-    settings = sample_settings(values, count=count, batch_size=batch_size)
     opened = open_model(model)
+    own_guidance(ctx, values, opened.spec)
+    engine_options = {
+        name: values[name] for name in ("precision", "threads", "device", "trust")
+    }
+    _check_whose(opened, identity, unconditional)
     file = None if identity is None else load_identities(identity)
-    wanted = conditions(opened.spec, file, count)
+    pictures, count = _given_pictures(ctx, opened, low_res, file)
+    batch_size = values["batch_size"]
+    settings = sample_settings(values, count=count, batch_size=batch_size)
+    wanted = conditions(opened.spec, file, 1 if pictures else count)
+    if pictures is not None:
+        wanted = _one_each(wanted, len(pictures.low_res))
+    second = _second_stage(ctx, opened, values, settings, file)
     check_output(out, force=force)
-    engine = open_engine(
+    engine = open_engine(opened, values["backend"], **engine_options)
+    made, record = sample_to_folder(
+        out,
         opened,
-        backend,
-        precision=precision,
-        threads=threads,
-        device=device,
-        trust=trust,
+        engine,
+        settings,
+        wanted,
+        second=second,
+        given=pictures,
+        force=force,
     )
-    made, record = sample_to_folder(out, opened, engine, settings, wanted, force=force)
     if as_json:
         click.echo(json.dumps(record))
         return
-    info = engine.info
+    seconds = record["seconds"]
+    ran = [f"{engine.info.backend} {engine.info.version}, {engine.info.precision}"]
+    if (enlarged := record["super_resolution"]) is not None:
+        seconds += enlarged["seconds"]
+        ran.append(f"enlarged in {enlarged['engine']['precision']}")
     click.echo(
-        f"{len(made.marks)} pictures in {out} "
-        f"({info.backend} {info.version}, {info.precision}, {made.seconds:.2f} s)"
+        f"{len(made.marks)} pictures in {out} ({', '.join(ran)}, {seconds:.2f} s)"
+    )
+
+
+def _check_whose(model: Model, identity: Path | None, unconditional: bool) -> None:
+    """Refuse to guess whose pictures are wanted."""
+    if identity is not None and unconditional:
+        raise InputError("--identity and --unconditional exclude each other")
+    if identity is None and not unconditional and model.spec.identity.dim:
+        raise InputError(
+            "give either --identity FILE.npz or --unconditional",
+            fix="make the file with `id3pm-deploy embed PHOTO --out FILE.npz`",
+        )
+
+
+def _given_pictures(
+    ctx: click.Context, model: Model, low_res: Path | None, file: IdentityFile | None
+) -> tuple[GivenPictures | None, int]:
+    """What MODEL enlarges, if that is what it does, and how many pictures of each."""
+    count: int = ctx.params["count"]
+    if model.spec.model.low_res_size is None:
+        if low_res is not None:
+            raise InputError(
+                "--low-res is for a super-resolution model, which MODEL is not",
+                fix="leave it out, or give the model that enlarges",
+            )
+        return None, count
+    if low_res is None:
+        raise InputError(
+            "MODEL is a super-resolution model and needs pictures to enlarge",
+            fix="give --low-res, or put it behind a base with --super-resolution",
+        )
+    if given(ctx, "count"):
+        raise InputError("--count cannot go with --low-res: each is enlarged once")
+    from ..enlarging import read_pictures
+    from ..generate import SHEET_NAME, is_run
+
+    sheet = SHEET_NAME if is_run(low_res) else ""
+    pictures = read_pictures(low_res, model.spec, sheet)
+    wanted = len(pictures.low_res)
+    if file is not None and len(file) not in (1, wanted):
+        raise InputError(
+            f"there must be one identity for all {wanted} pictures, or one for each",
+            why=f"there are {len(file)}",
+        )
+    return pictures, 1
+
+
+def _one_each(wanted: Any, pictures: int) -> Any:
+    """Conditions of ``pictures`` pictures, of one identity or as many."""
+    if len(wanted.ids) == pictures:
+        return wanted
+    identity = wanted.identity.repeat(pictures, axis=0)
+    return type(wanted)(identity, wanted.ids * pictures)
+
+
+def _second_stage(
+    ctx: click.Context,
+    model: Model,
+    values: dict[str, Any],
+    first: Any,
+    file: IdentityFile | None,
+) -> Enlarging | None:
+    """The second stage, from MODEL's own bundle or from --super-resolution."""
+    from ..enlarging import Enlarging
+    from ..generate import conditions
+    from ..guidance import GuidanceSettings
+    from ..models import open_engine, open_second_stage
+    from ..solvers import SolverSettings
+
+    path, stop = values["super_resolution"], values["stages"] == "base"
+    if stop and path is not None:
+        raise InputError("--stages base and --super-resolution exclude each other")
+    second = None if stop else open_second_stage(model, path)
+    if second is None:
+        if unused := [name for name in _SECOND if given(ctx, name)]:
+            raise InputError(
+                f"{flags(ctx, unused)} cannot be used: there is no second stage",
+                fix="give --super-resolution MODEL, or leave it out",
+            )
+        return None
+    names = ("precision", "threads", "device", "trust")
+    engine_options = {name: values[name] for name in names}
+    of_whom = file if second.spec.identity.dim else None
+    settings = dataclasses.replace(
+        first,
+        solver=SolverSettings(values["sr_solver"], values["sr_steps"]),
+        guidance=GuidanceSettings(values["sr_guidance"]),
+        batch_size=values["sr_batch_size"],
+    )
+    return Enlarging(
+        second,
+        lambda: open_engine(second, values["backend"], **engine_options),
+        settings,
+        conditions(second.spec, of_whom, first.count),
     )

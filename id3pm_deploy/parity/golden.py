@@ -5,7 +5,10 @@ An ``.npz`` of plain arrays, in the form that runs of guided-diffusion are recor
 ===================== ============ ==============================================
 ``x``                 [B,C,H,W]    noisy images of the forward passes
 ``t``                 [B]          their timesteps
-``y``                 [B,D]        identity vectors, normalised; zeros are null
+``y``                 [B,D]        identity vectors, normalised; zeros are null. Only
+                                   for models with identity
+``low_res``           [B,C,h,w]    small pictures in [-1, 1]. Only for super-resolution
+                                   models
 ``out``               [B,C|2C,H,W] what the network made of them
 ``NAME/x_T``          [B,C,H,W]    starting point of a trajectory, unit variance
 ``NAME/noise``        [N,B,C,H,W]  noise in the order of execution
@@ -16,11 +19,11 @@ An ``.npz`` of plain arrays, in the form that runs of guided-diffusion are recor
 ``checkpoint_sha256`` text         optional: of the weights it was recorded from
 ===================== ============ ==============================================
 
-``y`` conditions the trajectories, too. Without settings, NAME says what it is:
-``ancestral10`` is guided-diffusion's sampler in 10 steps with the variance that the
-model has (learned, else fixed_large), ``ddim10`` is DDIM with η = 0, and ``_guided2``
-behind either guides all output channels at scale 2 on the x_T, noise and timesteps of
-the trajectory without it. All is float32 but for ``t`` and ``timesteps``.
+``y`` and ``low_res`` condition the trajectories, too. Without settings, NAME says what
+it is: ``ancestral10`` is guided-diffusion's sampler in 10 steps with the variance that
+the model has (learned, else fixed_large), ``ddim10`` is DDIM with η = 0, and
+``_guided2`` behind either guides all output channels at scale 2 on the x_T, noise and
+timesteps of the trajectory without it. All is float32 but for ``t`` and ``timesteps``.
 
 The file is not trusted: nothing is unpickled, and names, types and sizes are checked
 against the model before an array is read.
@@ -52,7 +55,7 @@ MAX_BYTES = 1 << 30
 MAX_MEMBERS = 256
 MAX_ROWS = 10_000
 _MAX_TEXT = 4096
-_FORWARD = ("x", "t", "y", "out")
+_FORWARD = ("x", "t", "y", "low_res", "out")
 _PARTS = ("x_T", "noise", "timesteps", "sample", "states", "settings")
 _HASH = "checkpoint_sha256"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -100,9 +103,10 @@ class GoldenData:
     Attributes:
         x: [B, C, H, W] float32.
         t: [B] float32.
-        identity: [B, D] float32, normalised.
+        identity: [B, D] float32, normalised; [B, 0] of a model without identity.
         out: [B, C or 2C, H, W] float32.
         trajectories: In the file's order; may be empty.
+        low_res: [B, C, h, w] float32 of a super-resolution model.
     """
 
     x: Float32
@@ -110,6 +114,7 @@ class GoldenData:
     identity: Float32
     out: Float32
     trajectories: tuple[GoldenTrajectory, ...]
+    low_res: Float32 | None = None
 
 
 def load_golden_data(
@@ -153,28 +158,39 @@ class _Reader:
         channels = picture[0] * (2 if self._spec.model.learned_variance else 1)
         times = self._numbers("t", (batch,))
         self._check_times("t", times)
-        identity = self._float32("y", (batch, self._shapes.identity_dim))
+        identity = np.zeros((batch, 0), np.float32)
+        if self._shapes.identity_dim:
+            identity = self._float32("y", (batch, self._shapes.identity_dim))
+        small = None
+        if self._shapes.low_res is not None:
+            small = self._float32("low_res", (batch, *self._shapes.low_res))
         return GoldenData(
             x=self._float32("x", (batch, *picture)),
             t=times.astype(np.float32),
             identity=identity,
             out=self._float32("out", (batch, channels, *picture[1:])),
-            trajectories=tuple(self._trajectory(name, identity) for name in names),
+            trajectories=tuple(
+                self._trajectory(name, identity, small) for name in names
+            ),
+            low_res=small,
         )
 
     def _trajectory_names(self) -> list[str]:
         """Names of the trajectories, after every name in the file was recognised."""
         there = self._reader.names
-        if "low_res" in there:
-            raise self._wrong("low_res", "super-resolution models are not supported")
-        if missing := [name for name in _FORWARD if name not in there]:
+        shapes = self._shapes
+        without = {"y": not shapes.identity_dim, "low_res": shapes.low_res is None}
+        wanted = [name for name in _FORWARD if not without.get(name)]
+        if missing := [name for name in wanted if name not in there]:
             raise NpzError(f"it has no {', '.join(missing)}")
         names: dict[str, None] = {}
         for member in there:
             name, _, part = member.rpartition("/")
             if name and part in _PARTS and _NAME.fullmatch(name):
                 names[name] = None
-            elif member not in (*_FORWARD, _HASH):
+            elif without.get(member):
+                raise self._wrong(member, "the model takes no such input")
+            elif member not in (*wanted, _HASH):
                 raise self._wrong(f"{member!r:.80}", "no array of that name is known")
         return list(names)
 
@@ -188,7 +204,9 @@ class _Reader:
                 fix="give the CHECKPOINT or BUNDLE that it was recorded from",
             )
 
-    def _trajectory(self, name: str, identity: Float32) -> GoldenTrajectory:
+    def _trajectory(
+        self, name: str, identity: Float32, low_res: Float32 | None
+    ) -> GoldenTrajectory:
         batch = (len(identity), *self._shapes.picture)
         # A guided trajectory may use the numbers of the one without guidance.
         source = name
@@ -210,7 +228,7 @@ class _Reader:
         states = None
         if f"{name}/states" in self._reader.names:
             states = self._float32(f"{name}/states", (rows, *batch))
-        job = SampleJob(identity, table, guidance, noise)
+        job = SampleJob(identity, table, guidance, noise, low_res=low_res)
         return GoldenTrajectory(
             name, job, self._float32(f"{name}/sample", batch), states
         )

@@ -4,7 +4,7 @@ worked out here. It shares neither tables nor guidance with the product."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from ..backends.base import Engine, Float32
@@ -57,14 +57,45 @@ def oracle_gap(spec: DiffusionSpec, job: SampleJob) -> str:
     return ""
 
 
+def reference_network(engine: Engine, low_res: Float32 | None) -> Any:
+    """The network of a torch engine as a function of CPU tensors: x [B, C, H, W],
+    timesteps [B] and identity [B, D] to its output.
+
+    What a super-resolution model enlarges is fixed, and put together here on its own,
+    as guided-diffusion's ``SuperResModel`` does.
+
+    Args:
+        engine: A torch engine.
+        low_res: [B, C, h, w], or None for all other models.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
+    network: Any = engine.network  # type: ignore[attr-defined]
+    device = next(network.parameters()).device
+    small = None if low_res is None else torch.from_numpy(low_res).to(device)
+
+    def run(x: Any, timesteps: Any, identity: Any) -> Any:
+        x = x.to(device)
+        if small is not None:
+            large = interpolate(small, x.shape[2:], mode="bilinear")
+            x = torch.cat([x, large], dim=1)
+        return network(x, timesteps.to(device), identity.to(device)).cpu()
+
+    run.spec = network.spec  # type: ignore[attr-defined]
+    return run
+
+
 def oracle_steps(
     engine: Engine,
     spec: DiffusionSpec,
     job: SampleJob,
     x_t: Float32,
     noise: Callable[[int], Float32 | None],
-) -> Iterator[Float32]:
+) -> Generator[Float32, Float32 | None, None]:
     """x [B, C, H, W] after every table row, by diffusers' scheduler.
+
+    What is sent back in, it goes on from.
 
     Args:
         engine: A torch engine in float32; its network is what denoises.
@@ -77,22 +108,20 @@ def oracle_steps(
 
     from ..reference.sampling import guided_denoiser, reference_trajectory
 
-    network: Any = engine.network  # type: ignore[attr-defined]
-    device = next(network.parameters()).device
     times = [float(t) for t in job.table.timesteps]
     scales = oracle_scales(job.guidance, times)
     denoise = guided_denoiser(
-        network,
-        torch.from_numpy(job.identity).to(device),
+        reference_network(engine, job.low_res),
+        torch.from_numpy(job.identity),
         scales,
         guide_variance=job.guidance.guide_variance,
         rescale=[job.guidance.rescale if s != 1 else 0.0 for s in scales],
     )
 
-    def on_device(x: Any, timesteps: Any, row: int) -> Any:
+    def exact(x: Any, timesteps: Any, row: int) -> Any:
         # As the engine: cuDNN's convolutions take TF32 unless told.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return denoise(x.to(device), timesteps.to(device), row).cpu()
+            return denoise(x, timesteps, row)
 
     start = torch.from_numpy(x_t)
 
@@ -103,7 +132,7 @@ def oracle_steps(
     chosen = job.table.settings
     steps = reference_trajectory(
         spec,
-        on_device,
+        exact,
         start,
         times,
         replayed,
@@ -113,6 +142,11 @@ def oracle_steps(
         variance=chosen.variance,
         final_order=chosen.final_order,
     )
-    for x in steps:
+    given = None
+    while True:
+        try:
+            x = steps.send(None if given is None else torch.from_numpy(given))
+        except StopIteration:
+            return
         made: Float32 = x.float().numpy()
-        yield made
+        given = yield made

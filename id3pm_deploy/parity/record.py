@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.base import Engine, Float32
+from ..backends.base import Engine
+from ..enlarging import noise_stage
 from ..errors import GoldenError
 from ..files import write_bytes
 from ..generate import SampleSettings
@@ -20,12 +21,12 @@ from ..noise import batch_normals
 from ..sampler import SampleJob, SeededNoise
 from ..solvers import SolverTable, solver_table
 from ..spec import DiffusionSpec
-from .conditions import random_conditions
-from .oracle import has_oracle, oracle_gap, oracle_steps
+from .conditions import random_conditions, random_low_res
+from .oracle import has_oracle, oracle_gap, oracle_steps, reference_network
 from .trajectory import check_count
 
-_FORWARD_STAGE = 1
-"""Noise stage of the forward passes' inputs; trajectories have stage 0."""
+_FORWARD_STAGE = 3
+"""Noise stage of the forward passes' inputs, which no other noise has."""
 
 
 def record_golden(
@@ -65,11 +66,12 @@ def record_golden(
         )
     table = solver_table(spec, settings.solver)
     wanted = random_conditions(spec, settings.count, settings.seed)
-    noise = SeededNoise(settings.seed)
-    job = SampleJob(wanted.identity, table, settings.guidance, noise)
+    noise = SeededNoise(settings.seed, noise_stage(spec))
+    small = random_low_res(spec, settings.count, settings.seed)
+    job = SampleJob(wanted.identity, table, settings.guidance, noise, low_res=small)
     if gap := oracle_gap(spec, job):
         raise GoldenError("diffusers cannot compute this trajectory", why=gap)
-    arrays = _forward(engine, spec, wanted.identity, settings.seed)
+    arrays = _forward(engine, spec, job, settings.seed)
     made = _trajectory(engine, spec, job, on_row)
     name = _name(spec, table, settings.guidance)
     arrays |= {f"{name}/{part}": value for part, value in made.items()}
@@ -80,22 +82,24 @@ def record_golden(
 
 
 def _forward(
-    engine: Engine, spec: DiffusionSpec, identity: Float32, seed: int
+    engine: Engine, spec: DiffusionSpec, job: SampleJob, seed: int
 ) -> dict[str, Any]:
     import torch
 
+    identity, small = job.identity, job.low_res
     count = len(identity)
     x = batch_normals(seed, range(count), _FORWARD_STAGE, 0, engine.shapes.picture)
     t = np.rint(np.linspace(spec.schedule.timesteps - 1, 0, count)).astype(np.int64)
-    network: Any = engine.network  # type: ignore[attr-defined]
-    device = next(network.parameters()).device
-    inputs = [torch.from_numpy(a).to(device) for a in (x, t.astype(np.float32))]
+    network: Any = reference_network(engine, small)
+    inputs = (torch.from_numpy(a) for a in (x, t.astype(np.float32), identity))
     with (
         torch.inference_mode(),
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
     ):
-        out = network(*inputs, torch.from_numpy(identity).to(device)).cpu().numpy()
-    return {"x": x, "t": t, "y": identity, "out": out}
+        out = network(*inputs).cpu().numpy()
+    made = {"x": x, "t": t, "out": out}
+    made |= {"y": identity} if spec.identity.dim else {}
+    return made | ({} if small is None else {"low_res": small})
 
 
 def _trajectory(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..enlarging import noise_stage
 from ..errors import InputError
 from ..files import sha256_of_file
 from ..generate import Conditions, SampleSettings, conditions, picture_marks
@@ -25,8 +26,9 @@ from ..report import (
 )
 from ..sampler import SampleJob, SeededNoise
 from ..solvers import solver_table
+from ..spec import DiffusionSpec
 from ..tolerances import Tolerances, tightened
-from .conditions import random_conditions
+from .conditions import random_conditions, random_low_res
 from .golden import GoldenData, GoldenTrajectory, load_golden_data
 from .golden_run import compare_forward, compare_golden
 from .machine import machine_facts
@@ -91,23 +93,26 @@ def parity_to_folder(out: Path, request: ParityRequest) -> ParityReport:
     wanted, similarity = _wanted(engine, request)
     check_count(len(wanted.ids))
     table = solver_table(spec, settings.solver)
-    noise = SeededNoise(settings.seed)
-    job = SampleJob(wanted.identity, table, settings.guidance, noise)
+    noise = SeededNoise(settings.seed, noise_stage(spec))
+    small = random_low_res(spec, len(wanted.ids), settings.seed)
+    job = SampleJob(wanted.identity, table, settings.guidance, noise, low_res=small)
     with _entered(engine, reference), progress(len(table), "comparing") as tick:
-        compared = compare_trajectory(engine.engine, reference.engine, spec, job, tick)
+        compared = compare_trajectory(
+            engine.engine, reference.engine, spec, job, tick, limits
+        )
     report = ParityReport(
-        title=f"{engine.name} against {reference.name}: {engine.model.title}",
+        title=f"{engine.name} against {reference.name}: {engine.title}",
         subject=_subject(engine, reference, [compared])
         | {
             "Solver": f"{settings.solver.solver}, {settings.solver.steps} steps",
             "Guidance": guidance_name(job),
             "Noise": f"seed {settings.seed}, drawn once for all sides",
-            "Pictures": _pictures_of(request, len(wanted.ids)),
+            "Pictures": _pictures_of(request, spec, len(wanted.ids)),
         }
         | machine_facts(),
         tolerances=limits,
         trajectories=(_judged(compared, similarity),),
-        not_checked=compared.not_checked,
+        not_checked=(*compared.not_checked, *_other_stage(engine)),
         engine_name=engine.name,
         reference_name=reference.name,
     )
@@ -145,17 +150,20 @@ def golden_to_folder(out: Path, request: GoldenRequest) -> ParityReport:
     with _entered(engine, reference), progress(rows, "comparing") as tick:
         forward = compare_forward(engine.engine, spec, data)
         compared = [
-            compare_golden(engine.engine, spec, one, beside, tick)
+            compare_golden(engine.engine, spec, one, beside, tick, limits)
             for one in data.trajectories
         ]
     said = {"Recorded data": f"SHA-256 {sha256_of_file(request.golden)[:12]}"}
     report = ParityReport(
-        title=f"{engine.name} against recorded data: {engine.model.title}",
+        title=f"{engine.name} against recorded data: {engine.title}",
         subject=_subject(engine, reference, compared) | said | machine_facts(),
         tolerances=limits,
         trajectories=tuple(one.trajectory for one in compared),
         forward=tuple(forward),
-        not_checked=tuple(line for one in compared for line in one.not_checked),
+        not_checked=(
+            *(line for one in compared for line in one.not_checked),
+            *_other_stage(engine),
+        ),
         engine_name=engine.name,
         reference_name="recorded data",
     )
@@ -192,6 +200,19 @@ def _entered(engine: Side, reference: Side | None) -> Iterator[None]:
         yield
 
 
+def _other_stage(engine: Side) -> tuple[str, ...]:
+    """What a report on one model of a bundle of two leaves open."""
+    bundle = engine.model.bundle
+    if bundle is None or bundle.manifest.super_resolution is None:
+        return ()
+    others = (name for name in bundle.manifest.stages if name != engine.model.stage)
+    return tuple(
+        f"the bundle's other stage: run parity again with --stage "
+        f"{name.replace('_', '-')}"
+        for name in others
+    )
+
+
 def _limits(engine: Side, reference: Side | None, asked: Tightening) -> Tolerances:
     return tightened(pair_tolerances(engine, reference), asked.step, asked.trajectory)
 
@@ -204,6 +225,8 @@ def _subject(
         "Engine": engine.facts,
         "Model": f"{model.title} (weights {model.weights_sha256[:12]})",
     }
+    if engine.stage:
+        found["Stage"] = engine.stage
     if reference is not None:
         found["Reference"] = reference.facts
     rows = [row for one in compared for row in one.trajectory.per_step]
@@ -214,7 +237,11 @@ def _subject(
     return found
 
 
-def _pictures_of(request: ParityRequest, count: int) -> str:
+def _pictures_of(request: ParityRequest, spec: DiffusionSpec, count: int) -> str:
+    if spec.model.low_res_size is not None:
+        return f"{count}, enlarged from random ones"
+    if not spec.identity.dim:
+        return f"{count}, the model takes no identity"
     if request.identity is None:
         return f"{count} of random vectors, nobody's"
     return f"{count} of identity vectors that were given"

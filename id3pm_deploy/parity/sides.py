@@ -3,11 +3,13 @@ the same function."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..backends.base import Engine, EngineInfo
-from ..errors import ParityError
+from ..bundle import BASE
+from ..errors import InputError, ParityError
 from ..models import Model, bundle_graph, open_engine, open_model
 from ..optional import require
 from ..tolerances import CEILINGS, Tolerances
@@ -20,7 +22,8 @@ class SideRequest:
     """What to open: the arguments of :func:`~id3pm_deploy.models.open_engine`.
 
     ``precision`` None takes a bundle's own engine's; for a second side, that of the
-    first.
+    first. ``stage`` says which of a bundle's models it is; a super-resolution model
+    that stands alone is both.
     """
 
     path: Path
@@ -29,6 +32,25 @@ class SideRequest:
     threads: int = 0
     device: str = "cpu"
     trust: bool = False
+    stage: str = BASE
+
+    def open_model(self) -> Model:
+        """The model that is asked for.
+
+        Raises:
+            InputError: There is no such stage.
+            CheckpointError, BundleError: It is damaged.
+        """
+        model = open_model(self.path)
+        alone = model.spec.model.low_res_size is not None
+        if self.stage == BASE or alone:
+            return model
+        if model.second_stage is None:
+            raise InputError(
+                f"{self.path} holds no super-resolution stage",
+                fix="leave out --stage, or give a model that has one",
+            )
+        return model.second_stage
 
 
 @dataclass(frozen=True)
@@ -48,15 +70,33 @@ class Side:
         return self.engine.info
 
     @property
+    def precision(self) -> str:
+        """Of the UNet's weights, whatever they are computed in."""
+        return self.info.precision.split()[0]
+
+    @property
     def half(self) -> bool:
-        """Whether the UNet's weights are in float16."""
-        return self.info.precision.startswith("float16")
+        """Whether that is less than float32."""
+        return self.precision != "float32"
 
     @property
     def name(self) -> str:
         """Backend and precision, for people."""
         backend = _NAMES.get(self.info.backend, self.info.backend)
         return f"{backend} ({self.info.precision})"
+
+    @property
+    def stage(self) -> str:
+        """Which model of a chain it is, for people; empty where there is no chain."""
+        model = self.model
+        if model.spec.model.low_res_size is not None:
+            return "super-resolution stage"
+        return "base stage" if model.second_stage is not None else ""
+
+    @property
+    def title(self) -> str:
+        """What the model calls itself, and its stage."""
+        return ", ".join(filter(None, (self.model.title, self.stage)))
 
     @property
     def facts(self) -> str:
@@ -68,11 +108,10 @@ class Side:
     @property
     def tolerances(self) -> Tolerances:
         """What its graph was promised to keep, under the project's ceiling."""
-        precision = "float16" if self.half else "float32"
-        most = CEILINGS[precision]
+        most = CEILINGS[self.precision]
         if self.model.bundle is None:
             return most
-        graph = bundle_graph(self.model.bundle, precision)
+        graph = bundle_graph(self.model.bundle, self.precision, self.model.stage)
         own = Tolerances(graph.tolerance_step, graph.tolerance_trajectory)
         return most.tightest(own)
 
@@ -84,7 +123,7 @@ def open_side(request: SideRequest) -> Side:
         InputError, CheckpointError, BundleError, EngineError: See ``open_model`` and
             ``open_engine``.
     """
-    model = open_model(request.path)
+    model = request.open_model()
     engine = open_engine(
         model,
         request.backend,
@@ -100,30 +139,22 @@ def open_reference(request: SideRequest, engine: Side) -> Side:
     """Open the side that ``engine`` is held against.
 
     Where no precision is asked for, it is the engine's, if that is not PyTorch itself:
-    PyTorch in float16 is the oracle of float16 engines, and is itself held against
+    PyTorch in half precision is the oracle of such engines, and is itself held against
     float32.
 
     Raises:
         ParityError: It is not the same function.
         Id3pmError: See :func:`open_side`.
     """
-    check_same_function(engine.model, open_model(request.path))
+    model = request.open_model()
+    check_same_function(engine.model, model)
     precision = request.precision
     if precision is None and engine.info.backend != "torch":
-        wanted = "float16" if engine.half else "float32"
-        there = open_model(request.path).bundle
-        if there is None or there.graph("step", wanted) is not None:
+        wanted = engine.precision
+        there = model.bundle
+        if there is None or there.graph("step", wanted, model.stage) is not None:
             precision = wanted
-    return open_side(
-        SideRequest(
-            request.path,
-            request.backend,
-            precision,
-            request.threads,
-            request.device,
-            request.trust,
-        )
-    )
+    return open_side(dataclasses.replace(request, precision=precision))
 
 
 def check_same_function(engine: Model, reference: Model) -> None:
@@ -168,7 +199,8 @@ def _threads(model: Model, info: EngineInfo, asked: int) -> str:
         count = int(require("torch", extra="export").get_num_threads())
     elif not asked and model.bundle is not None:
         engines = model.bundle.manifest.engines
-        graph = bundle_graph(model.bundle, info.precision.split()[0]).file
+        precision = info.precision.split()[0]
+        graph = bundle_graph(model.bundle, precision, model.stage).file
         count = next((e.threads for e in engines if e.graph == graph), 0)
     if not count:
         return "the runtime's choice of threads"

@@ -10,6 +10,8 @@ from ..backends.base import Engine, Float32
 from ..compare import Comparison, compare
 from ..errors import EngineError
 from ..guidance import GuidanceTable
+from ..solvers import SolverTable
+from .rounding import amplifying_rows, clamped
 
 
 class Tandem(Engine):
@@ -22,12 +24,17 @@ class Tandem(Engine):
     Args:
         engine: What is judged; entered.
         reference: What it is held against; entered, of the same shapes.
+        table: What is walked; rows of it that enlarge rounding are compared where their
+            x0 is clamped, and both sides go on from the reference's state. None: none
+            does.
 
     Raises:
         EngineError: The two run pictures or identities of different shapes.
     """
 
-    def __init__(self, engine: Engine, reference: Engine) -> None:
+    def __init__(
+        self, engine: Engine, reference: Engine, table: SolverTable | None = None
+    ) -> None:
         if engine.shapes != reference.shapes:
             raise EngineError(
                 "two engines of different shapes cannot be compared",
@@ -37,6 +44,9 @@ class Tandem(Engine):
         self.engine = engine
         self.reference = reference
         self.single: Comparison | None = None
+        self._table = table
+        self._amplifying = () if table is None else amplifying_rows(table)
+        self._at = 0
         self.noise: Float32 | None = None
         """The noise of the row that ran last; None where it used none."""
         self.x_t: Float32 | None = None
@@ -44,10 +54,13 @@ class Tandem(Engine):
     def close(self) -> None:
         """Leave both engines to whoever entered them."""
 
-    def _begin(self, x_t: Float32, guidance: GuidanceTable) -> None:
+    def _begin(
+        self, x_t: Float32, guidance: GuidanceTable, low_res: Float32 | None
+    ) -> None:
         self.x_t = x_t
-        self.engine.begin(x_t, guidance)
-        self.reference.begin(x_t, guidance)
+        self._at = 0
+        self.engine.begin(x_t, guidance, low_res)
+        self.reference.begin(x_t, guidance, low_res)
 
     def _guide(self, guidance: GuidanceTable) -> None:
         self.engine.guide(guidance)
@@ -58,7 +71,8 @@ class Tandem(Engine):
         self.reference.run_row(step, noise)
         self.engine.load_state(common)
         self.engine.run_row(step, noise)
-        self.single = compare(self.engine.state(), self.reference.state())
+        self.single = self._compared()
+        self._at += 1
         if not np.array_equal(own, common):
             self.engine.load_state(own)
             self.engine.run_row(step, noise)
@@ -66,6 +80,23 @@ class Tandem(Engine):
         # Failed samples are asked of each side.
         assert self._row is not None
         return np.ones(len(self._row), np.float32)
+
+    @property
+    def amplified(self) -> bool:
+        """Whether the row that ran last enlarges rounding."""
+        return bool(len(self._amplifying) and self._amplifying[self._at - 1])
+
+    def _compared(self) -> Comparison | None:
+        states = self.engine.state(), self.reference.state()
+        if self._table is None or not self._amplifying[self._at]:
+            return compare(*states)
+        previews = self.engine.preview(), self.reference.preview()
+        mask = clamped(self._table, self._at, *previews)
+        return compare(states[0][0], states[1][0], mask) if mask.any() else None
+
+    def rejoin(self) -> None:
+        """Have the engine go on from the reference's state."""
+        self.engine.load_state(self.reference.state())
 
     def state(self) -> Float32:
         """The engine's state, [K, B, C, H, W]."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -302,8 +302,11 @@ def reference_trajectory(
     eta: float = 0.0,
     variance: str | None = None,
     final_order: str | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, Tensor | None, None]:
     """Run diffusers' scheduler over given timesteps; yields x after every table row.
+
+    Another x that is sent back in takes its place; that is for solvers that remember
+    nothing else.
 
     The schedulers are given float64, since some of them take differences of numbers
     that are a hundred times the result; the model is given what ``x_t`` is.
@@ -344,7 +347,8 @@ def reference_trajectory(
             out = _x0_from_prediction(out, x, level, spec.prediction_type)
             out = out.clamp(-clip, clip)
         x = step(index, out, x)
-        yield x.to(x_t.dtype)
+        given = yield x.to(x_t.dtype)
+        x = x if given is None else given.double()
 
 
 def _noise_to_signal(scheduler: Any, t: float) -> float:

@@ -39,6 +39,10 @@ CASES: dict[str, Callable[[Any], object]] = {
         lambda values: values["diffusion"]["identity"].update(dim=65536)
     ),
     "one channel": model(image_channels=1),
+    "no vectors for a graph that takes them": (
+        lambda values: values["diffusion"]["identity"].update(dim=0)
+    ),
+    "small pictures that the graph does not take": model(low_res_size=4),
     "a graph of another kind": (
         lambda values: values["graphs"][0].update(kind="unet", precision="float32")
     ),
