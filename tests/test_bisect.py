@@ -145,7 +145,7 @@ def test_products_are_those_of_pytorch_in_half(
 
 def test_products_in_half_round_as_pytorch_does() -> None:
     """Bit for bit, but where another order of a sum falls on the other side."""
-    from id3pm_deploy.bisect.products import ProductsInFloat32
+    from id3pm_deploy.reference.half_products import ProductsInFloat32
 
     torch.manual_seed(0)
     convolution = torch.nn.Conv2d(32, 32, 3, padding=1).half()
@@ -155,7 +155,8 @@ def test_products_in_half_round_as_pytorch_does() -> None:
     def all_products() -> list[torch.Tensor]:
         h = convolution(x)
         wide = linear(h)
-        return [h, wide, wide @ wide.transpose(-1, -2), torch.mm(h[0, 0], h[0, 1])]
+        scores = wide @ wide.transpose(-1, -2)
+        return [h, wide, scores, torch.mm(h[0, 0], h[0, 1])]
 
     with torch.inference_mode():
         theirs = all_products()

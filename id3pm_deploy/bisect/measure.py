@@ -22,12 +22,12 @@ from ..compare import compare
 from ..errors import NonFiniteError
 from ..guidance import GuidanceTable
 from ..parity.trajectory import compare_trajectory
+from ..reference.half_products import ProductsInFloat32
 from ..reference.unet import IdentityUNet
 from ..sampler import SampleJob, walk
 from ..solvers import CLIP_COLUMN, NO_CLIP
 from ..spec import DiffusionSpec
 from ..tolerances import CEILINGS, ORACLE, Tolerances
-from .products import ProductsInFloat32
 from .result import Errors
 from .search import Islands
 

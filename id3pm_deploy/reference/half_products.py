@@ -18,6 +18,8 @@ _PRODUCTS = (
     _ATEN.bmm.default,
     _ATEN.matmul.default,
 )
+_TRANSPOSED = 6
+"""Place of that argument of a convolution."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -28,6 +30,7 @@ class ProductsInFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
     That is what PyTorch's own kernels for half precision do there, as the tests show,
     and what the tensor cores of GPUs do; but those kernels are dozens of times slower.
     Every result still goes through half precision, so what overflows, overflows.
+    Transposed convolutions are left alone: PyTorch's own add up in half precision.
     """
 
     def __torch_dispatch__(
@@ -40,7 +43,8 @@ class ProductsInFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operator."""
         given = kwargs or {}
         first = next((one for one in args if isinstance(one, Tensor)), None)
-        if func not in _PRODUCTS or first is None or not _slow(first):
+        transposed = func is _ATEN.convolution.default and args[_TRANSPOSED]
+        if func not in _PRODUCTS or transposed or first is None or not _slow(first):
             return func(*args, **given)
         wide = tuple(_widened(one) for one in args)
         return func(*wide, **given).to(first.dtype)
