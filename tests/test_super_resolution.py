@@ -496,7 +496,8 @@ class TestBundle:
         report = json.loads(done.stdout)
         assert report["subject"]["Stage"] == f"{stage} stage"
         assert f"{stage} stage" in report["title"]
-        assert "the bundle's other stage" in report["not_checked"][0]
+        missed = report["not_checked"]
+        assert any("the bundle's other stage" in one for one in missed)
         assert report["oracle_max_rel"] <= 1e-4
         wrong = chain[1] if stage == "base" else chain[0]
         done = run(
