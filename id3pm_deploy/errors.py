@@ -6,6 +6,8 @@ error's ``exit_status``; a traceback is therefore always a bug of ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class Id3pmError(Exception):
     """Base of everything this package raises on purpose.
@@ -35,6 +37,12 @@ def first_line(error: BaseException, most: int = 300) -> str:
     """The first line of what another library's error says, or its name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:most]
+
+
+def some_of(names: Sequence[str], most: int = 4) -> str:
+    """The first names of a list, and how many more there are; empty for none."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class InputError(Id3pmError):

@@ -90,16 +90,20 @@ def atomic_path(path: Path, mode: int = 0o644) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def private_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``target`` that is removed when the block ends.
+def temporary_folder(target: Path, mode: int = 0o700) -> Iterator[Path]:
+    """Yield a new folder beside ``target`` that is removed when the block ends, if it
+    is still there.
 
-    For libraries that leave files of their own where they write. What was killed in it
-    is removed by the next writer of ``target``.
+    What a killed process leaves of it is removed by the next writer of ``target``.
+
+    Raises:
+        OutputError: The folder cannot be made, or the block failed to write.
     """
-    remove_leftovers(target)
-    folder, descriptor = temporary_name(target), None
+    whole = Path(os.path.abspath(target))
+    remove_leftovers(whole)
+    folder, descriptor = temporary_name(whole), None
     try:
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=mode)
         descriptor = hold(folder)
         yield folder
     except OSError as error:

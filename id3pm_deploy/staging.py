@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from .files import hold, output_error, remove, remove_leftovers, temporary_name
+from .files import remove, temporary_folder
 
 _EXCHANGE = 2
 _HERE = -100
@@ -33,11 +33,7 @@ def staged_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
         OutputError: The folder cannot be made, filled or put in its place.
     """
     whole = Path(os.path.abspath(target))
-    remove_leftovers(whole)
-    staging, descriptor = temporary_name(whole), None
-    try:
-        staging.mkdir()
-        descriptor = hold(staging)
+    with temporary_folder(target, mode=0o777) as staging:
         yield staging
         sync_folder(staging)
         if replace and os.path.lexists(whole):
@@ -45,12 +41,6 @@ def staged_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
         else:
             staging.rename(whole)
         sync_folder(whole.parent)
-    except OSError as error:
-        raise output_error(target, error) from error
-    finally:
-        remove(staging)
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _replace(target: Path, staging: Path) -> None:

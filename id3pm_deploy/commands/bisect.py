@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
+from ..errors import some_of
 from .options import PATH, option, own_guidance, sample_settings, sampling_options
 
 _COUNT = 2
-_SHOWN = 4
 
 
 @click.command(name="bisect")
@@ -88,7 +88,7 @@ def _table(result: Any) -> list[str]:
         lines.append(
             f"{number:5}{len(tried.islands):9}{tried.share:13.2%}"
             f"{_said(tried.errors.step):>13}{_said(tried.errors.trajectory):>13}"
-            f"  {'pass' if passed else 'fail'}  {_some(tried.islands)}"
+            f"  {'pass' if passed else 'fail'}  {some_of(tried.islands)}"
         )
     return lines
 
@@ -118,8 +118,3 @@ def _said(error: float | None) -> str:
     from ..compare import format_error
 
     return "" if error is None else format_error(error)
-
-
-def _some(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

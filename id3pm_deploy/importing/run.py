@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checkpoint_config import load_spec
 from ..errors import CheckpointError, InputError
-from ..files import private_folder, sha256_of_file
+from ..files import sha256_of_file, temporary_folder
 from ..reference.checkpoint import load_checkpoint, save_checkpoint
 from ..reference.guided_diffusion import Converted, convert_guided_diffusion
 from ..reference.guided_flags import with_defaults
@@ -100,7 +100,7 @@ def import_checkpoint(
     source = find_source(path)
     if source.kind == "checkpoint":
         return _resave(source, out, settings)
-    with private_folder(Path(os.path.abspath(out))) as work:
+    with temporary_folder(out) as work:
         tensors = load_tensors(source.weights, work, settings.limits)
         made = _converted(source, tensors, settings, work)
         digest = sha256_of_file(source.weights)

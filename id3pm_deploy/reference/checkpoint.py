@@ -25,14 +25,14 @@ from ..checkpoint_config import (
     load_spec,
     weights_sha256,
 )
-from ..errors import CheckpointError
+from ..errors import CheckpointError, some_of
 from ..files import (
     atomic_path,
     json_text,
     make_folder,
     open_plain,
     output_error,
-    private_folder,
+    temporary_folder,
 )
 from ..spec import DiffusionSpec
 from .unet import IdentityUNet
@@ -123,7 +123,8 @@ def _check_tensors(
     if missing or unexpected:
         raise CheckpointError(
             f"the tensors in {path} are not those of its config",
-            why=f"missing: {_some(missing)}; unexpected: {_some(unexpected)}",
+            why=f"missing: {some_of(missing) or 'none'}; "
+            f"unexpected: {some_of(unexpected) or 'none'}",
             fix="check that config.json and model.safetensors belong together",
         )
     for name, tensor in found.items():
@@ -143,13 +144,6 @@ def _check_tensors(
                 f"tensor {name} in {path} holds NaN or infinity",
                 fix="use an earlier checkpoint; this one has diverged",
             )
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    if not names:
-        return "none"
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def save_checkpoint(
@@ -187,7 +181,7 @@ def save_checkpoint(
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file; its bytes are never in memory as a whole."""
-    with atomic_path(path) as temporary, private_folder(path) as work:
+    with atomic_path(path) as temporary, temporary_folder(path) as work:
         try:
             save_file(tensors, work / path.name)
         except safetensors.SafetensorError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, some_of
 from ..spec import DiffusionSpec, IdentitySpec, ModelSpec
 from .guided_flags import legacy_order, spec_from_flags
 from .unet import IdentityUNet
@@ -36,7 +36,6 @@ _ENDS = {
     "unet.conv_out": "out.2",
 }
 _QKV = ("to_q", "to_k", "to_v")
-_NAMED = 4
 _FIX = "check that flags and weights belong together"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -158,7 +157,8 @@ def convert_tensors(
     if missing or unexpected:
         raise CheckpointError(
             "the tensors are not those that the flags describe",
-            why=f"missing: {_some(missing)}; unexpected: {_some(unexpected)}",
+            why=f"missing: {some_of(missing) or 'none'}; "
+            f"unexpected: {some_of(unexpected) or 'none'}",
             fix=_FIX,
         )
     makers = {}
@@ -241,10 +241,3 @@ def _checked(name: str, tensor: Tensor, ours: torch.Size, joint: bool) -> Tensor
             fix=_FIX,
         )
     return tensor
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "none"
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
