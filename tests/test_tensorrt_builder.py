@@ -23,6 +23,7 @@ from id3pm_deploy.builders import tensorrt_child as child
 from id3pm_deploy.builders.precision import share_of
 from id3pm_deploy.builders.recipe import EngineRecipe
 from id3pm_deploy.builders.tensorrt import BuiltPlan, build_plan
+from id3pm_deploy.builders.tensorrt_config import set_options
 from id3pm_deploy.builders.tensorrt_events import Messages
 from id3pm_deploy.errors import BuildError, MissingPackageError, RecipeError
 
@@ -265,7 +266,7 @@ def test_tf32_is_off_and_options_are_set(trt: Any) -> None:
     recipe = dataclasses.replace(
         FULL, workspace_bytes=1 << 28, optimization_level=1, auxiliary_streams=2
     )
-    child.set_options(trt, config, recipe)
+    set_options(trt, config, recipe, None)
     assert not config.get_flag(trt.BuilderFlag.TF32)
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
     assert (config.builder_optimization_level, config.max_aux_streams) == (1, 2)
@@ -292,10 +293,10 @@ def test_a_library_without_portable_plans_refuses_capabilities() -> None:
     fake = SimpleNamespace(
         __name__="tensorrt", __version__="10.3", BuilderFlag=SimpleNamespace()
     )
-    child.set_options(fake, object(), FAKE)  # and no TF32 to clear
+    set_options(fake, object(), FAKE, None)  # and no TF32 to clear
     recipe = dataclasses.replace(FAKE, compute_capabilities=("8.9",))
     with pytest.raises(BuildError, match="for the GPU of this machine only"):
-        child.set_options(fake, object(), recipe)
+        set_options(fake, object(), recipe, None)
 
 
 def test_a_builder_that_cannot_be_made_is_an_error() -> None:

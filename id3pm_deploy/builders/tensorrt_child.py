@@ -23,8 +23,9 @@ from ..errors import BuildError, Id3pmError
 from ..files import output_error
 from ..optional import require
 from ..recipes import dataclass_from_mapping
-from .precision import InputShapes, check_precision, count_network
-from .recipe import CURRENT_GPU, EngineRecipe, Profile
+from .precision import check_precision, count_network
+from .recipe import EngineRecipe
+from .tensorrt_config import add_profile, input_shapes, set_options
 from .tensorrt_events import Channel, Messages, Phases, make_logger, make_monitor
 
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
@@ -90,108 +91,6 @@ def _refusal(error: Any) -> str:
     return f"node {name!r} ({operator}): {text}" if name or operator else text
 
 
-def input_shapes(network: Any, samples: int, rows: int) -> InputShapes:
-    """Shapes of the network's inputs for B samples and R UNet rows.
-
-    The graph names its dynamic dimensions B and R.
-
-    Raises:
-        BuildError: It has a dynamic dimension of another name, or none.
-    """
-    sizes = {"B": samples, "R": rows}
-    shapes: InputShapes = {}
-    dynamic = 0
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shape = [int(size) for size in tensor.shape]
-        for axis, size in enumerate(shape):
-            if size >= 0:
-                continue
-            name = tensor.get_dimension_name(axis)
-            if name not in sizes:
-                raise BuildError(
-                    f"the graph's input {tensor.name!r} has a dynamic dimension that "
-                    "is neither B nor R",
-                    why=f"dimension {axis} is called {name!r}",
-                    fix="build from a graph that id3pm-deploy exported",
-                )
-            shape[axis] = sizes[name]
-            dynamic += 1
-        shapes[tensor.name] = tuple(shape)
-    if not dynamic:
-        raise BuildError(
-            "the sizes of the graph are fixed",
-            fix="export it with dynamic numbers of samples and UNet rows",
-        )
-    return shapes
-
-
-def add_profile(
-    builder: Any, network: Any, config: Any, profile: Profile, messages: Messages
-) -> None:
-    """Add one optimisation profile.
-
-    Raises:
-        BuildError: TensorRT refuses it.
-    """
-    made = builder.create_optimization_profile()
-    low, usual, high = (
-        input_shapes(network, b, r)
-        for b, r in zip(profile.samples, profile.rows, strict=True)
-    )
-    try:
-        for name in low:
-            made.set_shape(name, low[name], usual[name], high[name])
-        accepted = config.add_optimization_profile(made) >= 0
-    except (ValueError, RuntimeError) as error:
-        messages.errors.append(str(error))
-        accepted = False
-    if not accepted:
-        raise messages.error(f"TensorRT refuses the profile {profile.to_json()}")
-
-
-def set_options(trt: Any, config: Any, recipe: EngineRecipe) -> None:
-    """Put the recipe's settings, and no TF32, into an ``IBuilderConfig``.
-
-    Raises:
-        BuildError: The library lacks a setting that the recipe asks for.
-    """
-    tf32 = getattr(trt.BuilderFlag, "TF32", None)
-    if tf32 is not None:
-        config.clear_flag(tf32)
-    if recipe.workspace_bytes:
-        pool = trt.MemoryPoolType.WORKSPACE
-        config.set_memory_pool_limit(pool, recipe.workspace_bytes)
-    if recipe.optimization_level is not None:
-        config.builder_optimization_level = recipe.optimization_level
-    if recipe.auxiliary_streams is not None:
-        config.max_aux_streams = recipe.auxiliary_streams
-    if recipe.compute_capabilities:
-        _set_capabilities(trt, config, recipe.compute_capabilities)
-
-
-def _set_capabilities(trt: Any, config: Any, wanted: tuple[str, ...]) -> None:
-    kinds = getattr(trt, "ComputeCapability", None)
-    if kinds is None or not hasattr(config, "set_compute_capability"):
-        raise BuildError(
-            f"{trt.__name__} {trt.__version__} builds for the GPU of this machine only",
-            why=f"the recipe names the compute capabilities {', '.join(wanted)}",
-            fix="remove compute_capabilities from the recipe",
-        )
-    config.num_compute_capabilities = len(wanted)
-    for index, capability in enumerate(wanted):
-        name = f"SM{capability.replace('.', '')}"
-        name = "CURRENT" if capability == CURRENT_GPU else name
-        kind = getattr(kinds, name, None)
-        if kind is None or not config.set_compute_capability(kind, index):
-            known = [n.removeprefix("SM") for n in kinds.__members__ if n[-1].isdigit()]
-            raise BuildError(
-                f"{trt.__name__} {trt.__version__} cannot build for compute capability "
-                f"{capability}",
-                fix=f"use {', '.join(f'{n[:-1]}.{n[-1]}' for n in known)}",
-            )
-
-
 def peak_memory_bytes() -> int:
     """Most memory that this process has held.
 
@@ -228,7 +127,7 @@ def build(recipe: EngineRecipe, graph: Path, plan: Path, channel: Channel) -> No
     counts = count_network(trt, network, shapes, opt)
     check_precision(counts, recipe.precision, recipe.export)
     config = builder.create_builder_config()
-    set_options(trt, config, recipe)
+    set_options(trt, config, recipe, None)
     for profile in profiles:
         add_profile(builder, network, config, profile, messages)
     if hasattr(trt, "IProgressMonitor"):
