@@ -124,7 +124,7 @@ def write_chain(folder: Path) -> Bundle:
 
 
 def write_golden(folder: Path) -> Bundle:
-    """The golden bundle of format version 3, from fixed inputs; not signed."""
+    """The golden bundle of format version 4, from fixed inputs; not signed."""
     origin = {"steps": 3, "σ": [0.5, 1e-9]}
     spec = dataclasses.replace(SPEC, title="golden", origin=origin)
     large = dataclasses.replace(chain_specs()[1], title="golden, enlarged")
@@ -176,6 +176,12 @@ def write_golden(folder: Path) -> Bundle:
         threads=0,
         warnings=("slow here",),
         made_with={"id3pm-deploy": "0.1.0"},
+        hardware_compatibility="ampere_plus",
+        version_compatible=True,
+        plan_types={"source": "plan", "layers": {"HALF": 40, "FLOAT": 2}},
+        peak_device_memory_bytes=3 << 30,
+        settings={"precision": "float16", "workspace_share": 0.5, "threads": 0},
+        plan_key="ef" * 32,
     )
     writer.add_engine(rtx)
     writer.add_engine(
@@ -185,6 +191,12 @@ def write_golden(folder: Path) -> Bundle:
             graph=large_step,
             file=large_plan,
             stage=SUPER_RESOLUTION,
+            hardware_compatibility="none",
+            version_compatible=False,
+            plan_types={},
+            peak_device_memory_bytes=None,
+            settings={},
+            plan_key="",
         )
     )
     return writer.commit()

@@ -132,7 +132,7 @@ def _many_files(values: Any, count: int, size: int) -> None:
     [
         (lambda v: v.update(format_version=99), "format version 99"),
         (lambda v: v.update(format="zip"), "does not describe"),
-        (lambda v: v.update(format_version=4), "format version 4; .* reads 3"),
+        (lambda v: v.update(format_version=5), "format version 5; .* reads 4"),
         (lambda v: v.update(format_version=2.0), "format version 2.0"),
         (lambda v: v.update(format_version=True), "format version True"),
         (lambda v: v.update(surprise=1), "unknown keys: surprise"),
@@ -147,6 +147,21 @@ def _many_files(values: Any, count: int, size: int) -> None:
         (lambda v: v["engines"][0].update(threads=-1), "threads must be from 0"),
         (lambda v: v["engines"][0].update(peak_memory_bytes=0), "must be from 1"),
         (lambda v: v["engines"][0].update(made_with={"a": 1}), "names to versions"),
+        (
+            lambda v: v["engines"][0].update(peak_device_memory_bytes=0),
+            "peak_device_memory_bytes must be from 1",
+        ),
+        (
+            lambda v: v["engines"][0].update(hardware_compatibility="all"),
+            "hardware_compatibility must be one of none, ampere_plus",
+        ),
+        (
+            lambda v: v["engines"][0].update(version_compatible=1),
+            "version_compatible must be bool",
+        ),
+        (lambda v: v["engines"][0].update(plan_key="x"), "plan_key must be 64"),
+        (lambda v: v["engines"][0].update(settings=[]), "settings must be dict"),
+        (lambda v: v["engines"][0].update(plan_types=None), "plan_types must be dict"),
         (lambda v: v["graphs"][0].update(step_width=1 << 40), "step_width must be"),
         (lambda v: v["graphs"][0].update(tolerance_step=2), "tolerance_step must be"),
         (lambda v: _file(v).update(size=-1), "size must be from 0"),

@@ -30,7 +30,7 @@ from id3pm_deploy.bundle.verification import verify_path
 from id3pm_deploy.cli import main
 from id3pm_deploy.errors import BundleError, InputError, OutputError
 
-FOLDER, TAR = GOLDEN / "bundle-v3", GOLDEN / "bundle-v3.tar"
+FOLDER, TAR = GOLDEN / "bundle-v4", GOLDEN / "bundle-v4.tar"
 
 
 @dataclasses.dataclass

@@ -53,8 +53,8 @@ from id3pm_deploy.selftest import load_golden, run_golden
 from id3pm_deploy.solvers import RESCALE_COLUMN
 from id3pm_deploy.spec import DiffusionSpec
 
-V1, V2, V3 = (GOLDEN / f"bundle-v{version}" for version in (1, 2, 3))
-TAR = GOLDEN / "bundle-v3.tar"
+V1, V2, V3, V4 = (GOLDEN / f"bundle-v{version}" for version in (1, 2, 3, 4))
+TAR = GOLDEN / "bundle-v4.tar"
 
 
 @pytest.fixture
@@ -67,11 +67,11 @@ def test_the_golden_bundle_is_written_to_the_byte(tmp_path: Path) -> None:
     bundle = write_golden(tmp_path / "b")
     key = Ed25519PrivateKey.from_private_bytes(SEED)
     (tmp_path / "b" / SIGNATURE_NAME).write_bytes(signature_bytes(bundle.data, key))
-    assert files_in(tmp_path / "b") == files_in(V3)
+    assert files_in(tmp_path / "b") == files_in(V4)
 
 
 def test_the_golden_bundle_is_read(tmp_path: Path) -> None:
-    bundle = open_bundle(V3)
+    bundle = open_bundle(V4)
     bundle.verify()
     written = write_golden(tmp_path / "b").manifest
     assert dataclasses.asdict(bundle.manifest) == dataclasses.asdict(written)
@@ -84,11 +84,11 @@ def test_the_golden_bundle_is_read(tmp_path: Path) -> None:
 
 
 def test_the_golden_tar_is_packed_and_unpacked(tmp_path: Path) -> None:
-    size = pack_bundle(V3, tmp_path / "b.tar")
+    size = pack_bundle(V4, tmp_path / "b.tar")
     assert (tmp_path / "b.tar").read_bytes() == TAR.read_bytes()
     assert size == TAR.stat().st_size
     unpack_bundle(TAR, tmp_path / "b").verify()
-    assert files_in(tmp_path / "b") == files_in(V3)
+    assert files_in(tmp_path / "b") == files_in(V4)
 
 
 def test_golden_files_are_small() -> None:
@@ -110,7 +110,7 @@ def test_version_1_is_migrated_to_the_byte_and_runs(old: Path) -> None:
     before = files_in(old)
     result = CliRunner().invoke(main, ["bundle", "migrate", str(old)])
     assert result.exit_code == 0, result.stderr
-    assert "format version 1 is now 3" in result.stdout
+    assert "format version 1 is now 4" in result.stdout
     wanted = (GOLDEN / "bundle-v1-migrated.json").read_bytes()
     assert files_in(old) == {**before, MANIFEST_NAME: wanted}
     tested = self_tests(old)
@@ -118,7 +118,7 @@ def test_version_1_is_migrated_to_the_byte_and_runs(old: Path) -> None:
     assert tested.errors["cpu"] is not None
     assert tested.errors["cpu"] <= 1e-5
     stamp = (old / MANIFEST_NAME).stat().st_mtime_ns
-    assert migrate_bundle(old) == 3
+    assert migrate_bundle(old) == 4
     assert (old / MANIFEST_NAME).stat().st_mtime_ns == stamp
 
 
@@ -136,6 +136,45 @@ def test_version_2_is_migrated_to_the_byte(tmp_path: Path) -> None:
     assert {graph.stage for graph in manifest.graphs} == {"base"}
     assert [graph.body for graph in manifest.graphs] == [{}, {}]
     assert manifest.diffusion.model.low_res_size is None
+
+
+def test_version_3_is_migrated_to_the_byte(tmp_path: Path) -> None:
+    old = Path(shutil.copytree(V3, tmp_path / "old"))
+    before = files_in(old)
+    with pytest.raises(BundleError, match="format version 3; this release"):
+        open_bundle(old)
+    assert migrate_bundle(old) == 3
+    wanted = (GOLDEN / "bundle-v3-migrated.json").read_bytes()
+    del before[SIGNATURE_NAME]  # it was of the other manifest
+    assert files_in(old) == {**before, MANIFEST_NAME: wanted}
+    manifest = open_bundle(old).manifest
+    assert list(manifest.stages) == ["base", "super_resolution"]
+    for engine in manifest.engines:
+        assert (engine.hardware_compatibility, engine.plan_key) == ("none", "")
+        assert (engine.version_compatible, engine.settings) == (False, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hardware_compatibility", "none"),
+        ("version_compatible", False),
+        ("plan_types", {}),
+        ("peak_device_memory_bytes", None),
+        ("settings", {}),
+        ("plan_key", ""),
+    ],
+)
+@pytest.mark.parametrize("golden", [V1, V2, V3])
+def test_an_older_version_with_keys_of_version_4_is_not_migrated(
+    tmp_path: Path, golden: Path, key: str, value: Any
+) -> None:
+    old = Path(shutil.copytree(golden, tmp_path / "old"))
+    edit_manifest(old, lambda v: v["engines"][-1].update({key: value}))
+    before = files_in(old)
+    with pytest.raises(BundleError, match="is not of format version"):
+        migrate_bundle(old)
+    assert files_in(old) == before
 
 
 @pytest.mark.parametrize(
@@ -180,7 +219,7 @@ def test_engines_are_built_from_a_migrated_graph(old: Path) -> None:
     ("change", "message"),
     [
         (lambda v: v.update(format_version=0), "format version 0"),
-        (lambda v: v.update(format_version=4), "format version 4"),
+        (lambda v: v.update(format_version=5), "format version 5"),
         (lambda v: v.update(format_version="1"), "format version '1'"),
         (lambda v: v.update(format_version=True), "format version True"),
         (lambda v: v.pop("format_version"), "format version None"),
@@ -191,6 +230,7 @@ def test_engines_are_built_from_a_migrated_graph(old: Path) -> None:
         (lambda v: v.pop("graphs"), "not of format version 1"),
         (lambda v: v["graphs"][0].update(stage="base"), "not of format version 1"),
         (lambda v: v.update(super_resolution=None), "not of format version 1"),
+        (lambda v: v["engines"][0].update(plan_key=""), "not of format version 1"),
         (lambda v: v["graphs"][0].update(file="../x"), "names the file '../x'"),
         (lambda v: v["files"].clear(), "does not describe the file"),
     ],
@@ -329,9 +369,9 @@ def test_the_specification_names_every_key_and_limit(root: Path) -> None:
     text = (root / "BUNDLE_FORMAT.md").read_text("utf-8")
     kinds = (Manifest, FileEntry, GraphEntry, EngineEntry, SecondStage, DiffusionSpec)
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    for part in dataclasses.asdict(open_bundle(V3).manifest.diffusion).values():
+    for part in dataclasses.asdict(open_bundle(V4).manifest.diffusion).values():
         names |= set(part) - {"steps", "σ"} if isinstance(part, dict) else set()
-    names |= set(json.loads((V3 / SIGNATURE_NAME).read_text()))
+    names |= set(json.loads((V4 / SIGNATURE_NAME).read_text()))
     assert {name for name in names if f"`{name}`" not in text} == set()
     limits = [
         manifest_module.MAX_FILES,

@@ -13,7 +13,7 @@ from ..errors import BundleError, InputError
 from ..spec import DiffusionSpec, check_chain
 from ..versioned_json import JsonFormat
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.sig"
 
@@ -26,6 +26,9 @@ MAX_FILE_BYTES = (8 << 30) - 1
 MAX_TOTAL_BYTES = 64 << 30
 MAX_GRAPHS = 64
 MAX_ENGINES = 256
+
+HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
+"""On which other GPUs than the builder's a plan of plain TensorRT may run."""
 
 MANIFEST = JsonFormat(
     name="id3pm-bundle",
@@ -46,6 +49,7 @@ _RANGES = {
     "threads": (0, 1024),
     "multiprocessors": (1, 1 << 20),
     "peak_memory_bytes": (1, 1 << 50),
+    "peak_device_memory_bytes": (1, 1 << 50),
     "build_seconds": (0, 1 << 30),
     "tolerance_step": (0, 1),
     "tolerance_trajectory": (0, 1),
@@ -94,8 +98,11 @@ class EngineEntry:
     it loads (ONNX Runtime). ``compute_capabilities`` are those a portable plan targets;
     ``gpu_name``, ``compute_capability``, ``multiprocessors`` and ``cuda`` describe the
     GPU and the CUDA that a plan is bound to. ``warnings`` is what the library that
-    built it warned of. ``stage`` is its graph's. None stands for what does not apply or
-    was not measured.
+    built it warned of. ``stage`` is its graph's. ``hardware_compatibility`` and
+    ``version_compatible`` say how far a plan of plain TensorRT may travel.
+    ``layer_types`` was counted in the parsed network, ``plan_types`` in the plan.
+    ``settings`` is the recipe as it was resolved, ``plan_key`` the hash of everything
+    that determined the plan. None stands for what does not apply or was not measured.
     """
 
     target: str
@@ -119,6 +126,12 @@ class EngineEntry:
     warnings: tuple[str, ...] = ()
     made_with: dict[str, Any] = field(default_factory=dict)
     stage: str = BASE
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    plan_types: dict[str, Any] = field(default_factory=dict)
+    peak_device_memory_bytes: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    plan_key: str = ""
 
     @property
     def label(self) -> str:
@@ -288,6 +301,7 @@ def _check_entries(manifest: Manifest, where: str) -> None:
     _check_unique((f"{e.stage} {e.target}" for e in manifest.engines), where, "engine")
     graphs = {(graph.stage, graph.file) for graph in manifest.graphs}
     for engine in manifest.engines:
+        _check_plan_facts(engine, where)
         if (engine.stage, engine.graph) not in graphs:
             raise BundleError(
                 f"the engine {engine.target!r:.80} names a graph that is not listed "
@@ -296,6 +310,17 @@ def _check_entries(manifest: Manifest, where: str) -> None:
                 fix="build it again with `id3pm-deploy build-engine CHECKPOINT "
                 "--target TARGET --out BUNDLE`",
             )
+
+
+def _check_plan_facts(engine: EngineEntry, where: str) -> None:
+    if engine.hardware_compatibility not in HARDWARE_COMPATIBILITY:
+        raise BundleError(
+            f"{where}: hardware_compatibility must be one of "
+            f"{', '.join(HARDWARE_COMPATIBILITY)}",
+            why=f"it is {engine.hardware_compatibility!r:.80}",
+        )
+    if engine.plan_key:
+        _check_hash(engine.plan_key, f"{where}, plan_key")
 
 
 def _check_ranges(entry: GraphEntry | EngineEntry, where: str) -> None:

@@ -31,6 +31,16 @@ _NEW_IN: dict[int, dict[str, tuple[str, ...]]] = {
         ),
     },
     3: {"graphs": ("stage", "body"), "engines": ("stage",)},
+    4: {
+        "engines": (
+            "hardware_compatibility",
+            "version_compatible",
+            "plan_types",
+            "peak_device_memory_bytes",
+            "settings",
+            "plan_key",
+        )
+    },
 }
 """Keys that a version brought, which an older one must not have."""
 
@@ -68,7 +78,10 @@ def _migrated(folder: Path) -> tuple[int, Manifest]:
     body = old.body(values, str(path))
     if version < 2:
         body = _from_version_1(body, str(path))
-    body = _from_version_2(body, f"{path} is not of format version {version}")
+    what = f"{path} is not of format version {version}"
+    if version < 3:
+        body = _from_version_2(body, what)
+    body = _from_version_3(body, what)
     return version, manifest_from_body(body, str(path))
 
 
@@ -91,6 +104,13 @@ def _from_version_2(body: Mapping[str, Any], what: str) -> dict[str, Any]:
     model = diffusion.get("model") if isinstance(diffusion, dict) else None
     if "super_resolution" in body or "low_res_size" in (model or ()):
         raise BundleError(what, why="it has keys of version 3")
+    return dict(body)
+
+
+def _from_version_3(body: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The new keys' defaults: a plan for the GPU and the version that built it, of
+    which no more is known."""
+    _check_new(body, 4, what)
     return dict(body)
 
 
