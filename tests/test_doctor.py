@@ -395,9 +395,10 @@ def test_the_capabilities_are_those_of_the_installed_library() -> None:
 
 def test_every_flavour_has_an_extra_and_a_package() -> None:
     from id3pm_deploy.builders.recipe import FLAVOURS
+    from id3pm_deploy.doctor.flavours import EXTRAS, PACKAGES
 
     flavours = {name for names in FLAVOURS.values() for name in names}
-    assert set(verdicts._EXTRAS) == set(verdicts._PACKAGES) == flavours
+    assert set(EXTRAS) == set(PACKAGES) == flavours
 
 
 def test_the_export_packages_are_in_the_extra(root: Path) -> None:

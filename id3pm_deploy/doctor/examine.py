@@ -45,8 +45,9 @@ from ..builders.recipe import EngineRecipe
 from ..errors import Id3pmError, RecipeError
 from ..shipped import shipped_checkpoint
 from .assets import checkpoint_facts, folder_facts
+from .gpus import CUDA, NVML, gpu_facts
 from .host import Host
-from .machine import cpu_facts, jetson_facts, memory_facts, nvidia_cards, system_name
+from .machine import cpu_facts, memory_facts, system_name
 from .notes import notes
 from .packages import CORE, Packages
 from .probe import Outcome, Probe, Prober, importing, run_probe, run_probes
@@ -73,8 +74,8 @@ PROBES = {
     "tensorrt": importing("tensorrt"),
     "tensorrt_rtx": importing("tensorrt_rtx"),
     "polygraphy": importing("polygraphy"),
-    "cuda": Probe("cuda", (), "asking the NVIDIA driver"),
-    "nvml": Probe("nvml", (), "asking NVIDIA's management library"),
+    "cuda": CUDA,
+    "nvml": NVML,
 }
 _OTHER_MODULES = {
     **{name: name for name in EXPORT_PACKAGES},
@@ -117,7 +118,7 @@ def examine(
     if imports:
         chosen |= {name: importing(mod) for name, mod in _OTHER_MODULES.items()}
     outcomes = run_probes(chosen, host, limit, prober)
-    gpu = _gpu_facts(host, outcomes)
+    gpu = gpu_facts(host, outcomes["cuda"], outcomes["nvml"])
     facts = Facts(host, packages, outcomes, tuple(gpu["devices"]), gpu["jetson"])
     cpu = cpu_facts(host)
     cpu["onnxruntime_threads"] = outcomes["onnxruntime"].facts.get("threads")
@@ -159,31 +160,6 @@ def _system(host: Host) -> dict[str, str]:
         "name": system_name(host),
         "kernel": f"{host.system} {host.kernel}".strip(),
         "machine": host.machine,
-    }
-
-
-def _gpu_facts(host: Host, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    cuda, nvml = outcomes["cuda"], outcomes["nvml"]
-    jetson, cards = jetson_facts(host), nvidia_cards(host)
-    problem, fix = "", ""
-    if cuda.absent:
-        problem = "there is no NVIDIA driver (libcuda.so.1)"
-        if cards or jetson:
-            problem = "there is an NVIDIA GPU, and its driver is not to be found"
-            fix = "install the driver, or start the container with its GPUs"
-    elif not cuda.ok:
-        problem = cuda.problem
-        fix = "look at what nvidia-smi says; after an update of the driver, reboot"
-    elif not cuda.facts["devices"]:
-        problem, fix = "the driver shows no GPU", "look at CUDA_VISIBLE_DEVICES"
-    return {
-        "driver": nvml.facts.get("driver"),
-        "cuda": cuda.facts.get("cuda"),
-        "cards": cards,
-        "devices": list(cuda.facts.get("devices", [])),
-        "jetson": jetson,
-        "problem": problem,
-        "fix": fix,
     }
 
 

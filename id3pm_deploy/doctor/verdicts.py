@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..builders.recipe import CURRENT_GPU, EngineRecipe
+from .flavours import EXTRAS, PACKAGES, jetson_install
+from .flavours import RTX_CAPABILITIES as RTX_CAPABILITIES
 from .host import Host
 from .packages import CORE, Found, Packages
 from .probe import Outcome
 from .requirements import satisfies
-
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""Compute capabilities that TensorRT-RTX 1.7 runs on."""
 
 RUNTIMES = (("onnxruntime", "cpu"),)
 """Backends and flavours whose engines this release can run."""
@@ -23,14 +22,6 @@ EXPORT_PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "safetensors")
 
 IMPORTED = ("numpy", "pillow")
 """What every picture needs, where the package's own metadata is not to be had."""
-
-_EXTRAS = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
-_PACKAGES = {
-    "cpu": "onnxruntime",
-    "cuda": "onnxruntime-gpu",
-    "tensorrt": "tensorrt",
-    "tensorrt_rtx": "tensorrt-rtx-cu13",
-}
 
 
 @dataclass(frozen=True)
@@ -168,19 +159,8 @@ def _module_lacks(facts: Facts, module: str, found: Found, extra: str) -> list[L
 
 def _install(facts: Facts, found: Found, extra: str, *, again: bool = False) -> str:
     if facts.jetson is not None and found.requirement.name == "tensorrt":
-        return _jetson_install(facts.host, again=again)
+        return jetson_install(facts.host, again=again)
     return facts.packages.install_command(extra, (found.requirement,))
-
-
-def _jetson_install(host: Host, *, again: bool) -> str:
-    """TensorRT of a Jetson comes from apt, for the system's Python alone."""
-    package = "python3-libnvinfer"
-    if again:
-        return f"sudo apt install --reinstall {package}"
-    for folder in host.glob("usr/lib/python3*/dist-packages/tensorrt"):
-        python = folder.parent.parent.name
-        return f"{python} -m venv --system-site-packages .venv"
-    return f"sudo apt install {package}"
 
 
 def build_verdict(recipe: EngineRecipe, facts: Facts) -> Verdict:
@@ -214,8 +194,8 @@ def build_verdict(recipe: EngineRecipe, facts: Facts) -> Verdict:
 
 
 def _tensorrt_lacks(recipe: EngineRecipe, facts: Facts) -> list[Lack]:
-    extra = _EXTRAS[recipe.flavour]
-    found = facts.packages.find(_PACKAGES[recipe.flavour], extra)
+    extra = EXTRAS[recipe.flavour]
+    found = facts.packages.find(PACKAGES[recipe.flavour], extra)
     return _module_lacks(facts, recipe.flavour, found, extra)
 
 
@@ -227,7 +207,7 @@ def run_verdict(recipe: EngineRecipe, facts: Facts) -> Verdict:
         lacks.append(Lack(f"a release that runs {kind}", "use the recipe cpu"))
     if recipe.flavour != "cpu":
         lacks += _gpu_lacks(recipe, facts)
-    lacks += core_verdict(facts, _EXTRAS[recipe.flavour]).lacks
+    lacks += core_verdict(facts, EXTRAS[recipe.flavour]).lacks
     if recipe.backend == "tensorrt":
         lacks += _tensorrt_lacks(recipe, facts)
     elif recipe.flavour == "cpu":
