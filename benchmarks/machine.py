@@ -65,8 +65,13 @@ def versions(packages: Sequence[str]) -> dict[str, str | None]:
 
 
 def commit() -> dict[str, Any]:
-    """The repository's commit, and whether files differ from it; None without git."""
-    head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    """The repository's commit, and whether files differ from it; None without git.
+
+    Results do not count: one script's would make the next one's commit doubtful.
+    """
+    but_results = ("--", ".", ":(exclude)benchmarks/results")
+    head = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", *but_results)
     return {"commit": head, "changed": None if changes is None else bool(changes)}
 
 

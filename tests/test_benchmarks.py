@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -237,3 +238,25 @@ def test_the_shares_of_the_cores_are_shares() -> None:
     assert -0.01 <= load.others <= 1.5
     assert load.stolen is not None
     assert 0 <= load.stolen <= 1.5
+
+
+def test_other_results_do_not_make_a_commit_doubtful(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    script = results.parent / "script.py"
+    script.write_text("measure()\n")
+    (results / "a.json").write_text("{}\n")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit() == {"commit": None, "changed": None}
+    who = ("-c", "user.name=a", "-c", "user.email=a@b.invalid")
+    for words in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "one")):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    (results / "a.json").write_text('{"more": 1}\n')
+    (results / "b.json").write_text("{}\n")
+    found = machine.commit()
+    assert len(found["commit"]) == 40
+    assert found["changed"] is False
+    script.write_text("measure(twice)\n")
+    assert machine.commit()["changed"] is True
