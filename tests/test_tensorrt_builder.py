@@ -23,7 +23,6 @@ from id3pm_deploy.builders import tensorrt_child as child
 from id3pm_deploy.builders.precision import share_of
 from id3pm_deploy.builders.recipe import EngineRecipe
 from id3pm_deploy.builders.tensorrt import BuiltPlan, build_plan
-from id3pm_deploy.builders.tensorrt_config import set_options
 from id3pm_deploy.builders.tensorrt_events import Messages
 from id3pm_deploy.errors import BuildError, MissingPackageError, RecipeError
 
@@ -260,21 +259,6 @@ def test_a_build_for_this_gpu_needs_one(trt: Any) -> None:
     assert "compute_capabilities" in caught.value.fix
 
 
-def test_tf32_is_off_and_options_are_set(trt: Any) -> None:
-    config = trt.Builder(trt.Logger(trt.ILogger.ERROR)).create_builder_config()
-    assert config.get_flag(trt.BuilderFlag.TF32)
-    recipe = dataclasses.replace(
-        FULL, workspace_bytes=1 << 28, optimization_level=1, auxiliary_streams=2
-    )
-    set_options(trt, config, recipe, None)
-    assert not config.get_flag(trt.BuilderFlag.TF32)
-    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
-    assert (config.builder_optimization_level, config.max_aux_streams) == (1, 2)
-    assert config.num_compute_capabilities == 2
-    last = config.get_compute_capability(1)
-    assert last == trt.ComputeCapability.SM120
-
-
 def test_networks_are_strongly_typed(trt: Any) -> None:
     network = child.make_network(trt, trt.Builder(trt.Logger(trt.ILogger.ERROR)))
     assert network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -287,16 +271,6 @@ def test_a_library_that_has_only_strongly_typed_networks_is_asked_for_no_flag() 
     kinds = SimpleNamespace(STRONGLY_TYPED=3)
     child.make_network(SimpleNamespace(NetworkDefinitionCreationFlag=kinds), fake)
     assert asked == [0, 1 << 3]
-
-
-def test_a_library_without_portable_plans_refuses_capabilities() -> None:
-    fake = SimpleNamespace(
-        __name__="tensorrt", __version__="10.3", BuilderFlag=SimpleNamespace()
-    )
-    set_options(fake, object(), FAKE, None)  # and no TF32 to clear
-    recipe = dataclasses.replace(FAKE, compute_capabilities=("8.9",))
-    with pytest.raises(BuildError, match="for the GPU of this machine only"):
-        set_options(fake, object(), recipe, None)
 
 
 def test_a_builder_that_cannot_be_made_is_an_error() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..body_form import Precision
-from ..errors import RecipeError
+from ..errors import BuildError, RecipeError
+from .export_recipe import ExportRecipe
 
 FLAVOURS = {
     "onnxruntime": ("cpu", "cuda"),
@@ -19,17 +21,30 @@ MAX_SAMPLES = 2048
 MAX_ROWS = 4096
 """Bounds of B and R in an exported step graph."""
 
+HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
+
 CURRENT_GPU = "current"
+MOST_SHARE = 0.9
+"""Most of the free memory that a workspace may have; the plan needs some, too."""
+
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
+_OPERATOR = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TENSORRT_ONLY = (
     "static_samples",
     "static_guided_samples",
     "dynamic_samples",
     "dynamic_rows_per_sample",
     "compute_capabilities",
+    "workspace_share",
     "workspace_bytes",
     "optimization_level",
     "auxiliary_streams",
+    "hardware_compatibility",
+    "version_compatible",
+    "weight_streaming",
+    "user_allocation",
+    "max_opset",
+    "operators_refused",
 )
 
 
@@ -80,11 +95,23 @@ class EngineRecipe:
             empty for none.
         dynamic_rows_per_sample: Fewest, usual and most UNet rows a sample in the
             dynamic profile: 1 without guidance, 2 with it, more for blends.
-        compute_capabilities: GPUs that a portable plan is for, as ``8.6``, or
-            ``current`` alone; empty leaves it to the library.
-        workspace_bytes: Limit of TensorRT's workspace; 0 leaves it to the library.
+        compute_capabilities: GPUs that the plan is for, as ``8.6``, or ``current``
+            alone; empty leaves it to the library. TensorRT-RTX is told to build for
+            them; plain TensorRT builds for the GPU that is there, which must be one
+            of them.
+        workspace_share: Share of the device's free memory that TensorRT's workspace
+            may have; 0 leaves it to ``workspace_bytes``.
+        workspace_bytes: Ceiling of that share, or the limit where there is no share
+            or the free memory is unknown; 0 for none.
         optimization_level: TensorRT's, from 0 to 5; absent leaves it to the library.
         auxiliary_streams: Most streams beside the main one; absent as above.
+        hardware_compatibility: Other GPUs that a plan of plain TensorRT runs on.
+        version_compatible: Whether later releases of the library take the plan.
+        weight_streaming: Whether weights may stay in the host's memory.
+        user_allocation: Whether all memory comes from the caller, which capturing
+            TensorRT-RTX into a CUDA graph needs.
+        max_opset: Highest opset that the target's parser takes; 0 for no bound.
+        operators_refused: ONNX operators that it does not take.
     """
 
     summary: str
@@ -98,9 +125,16 @@ class EngineRecipe:
     dynamic_samples: tuple[int, ...] = ()
     dynamic_rows_per_sample: tuple[int, ...] = (1, 2, 2)
     compute_capabilities: tuple[str, ...] = ()
+    workspace_share: float = 0.0
     workspace_bytes: int = 0
     optimization_level: int | None = None
     auxiliary_streams: int | None = None
+    hardware_compatibility: HardwareCompatibility = "none"
+    version_compatible: bool = False
+    weight_streaming: bool = False
+    user_allocation: bool = False
+    max_opset: int = 0
+    operators_refused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         known = FLAVOURS[self.backend]
@@ -138,10 +172,16 @@ class EngineRecipe:
                 "threads is a setting of the onnxruntime backend",
                 fix="remove it from the recipe",
             )
+        if not 0 <= self.workspace_share <= MOST_SHARE:
+            raise RecipeError(
+                f"workspace_share must be from 0 to {MOST_SHARE}",
+                why=f"it is {self.workspace_share}",
+            )
         _check_range("workspace_bytes", self.workspace_bytes, 0, 1 << 50)
         _check_range("optimization_level", self.optimization_level, 0, 5)
         _check_range("auxiliary_streams", self.auxiliary_streams, 0, 64)
         self._check_capabilities()
+        self._check_parser()
         if not self.profiles:
             raise RecipeError(
                 "the recipe has no profile",
@@ -162,6 +202,27 @@ class EngineRecipe:
                 f"the compute capability {CURRENT_GPU!r} must stand alone",
                 why="such a plan is for the GPU that builds it and no other",
             )
+
+    def _check_parser(self) -> None:
+        _check_range("max_opset", self.max_opset, 0, 100)
+        refused = self.operators_refused
+        bad = [name for name in refused if not _OPERATOR.fullmatch(name)]
+        if bad or len(set(refused)) != len(refused):
+            raise RecipeError(
+                "operators_refused must be different names of ONNX operators",
+                why=f"they are {', '.join(map(repr, refused))}",
+            )
+
+    def workspace_limit(self, free_bytes: int | None) -> int | None:
+        """Bytes that the workspace may have; None leaves it to the library.
+
+        Args:
+            free_bytes: Free memory of the device that builds; None if unknown.
+        """
+        limits = [self.workspace_bytes] if self.workspace_bytes else []
+        if self.workspace_share and free_bytes is not None:
+            limits.append(int(self.workspace_share * free_bytes))
+        return min(limits, default=None)
 
     @property
     def profiles(self) -> tuple[Profile, ...]:
@@ -200,3 +261,60 @@ def _static(samples: int, rows: int) -> Profile:
 def _check_range(name: str, value: int | None, low: int, high: int) -> None:
     if value is not None and not low <= value <= high:
         raise RecipeError(f"{name} must be from {low} to {high}", why=f"it is {value}")
+
+
+def check_graph_fits(
+    recipe: EngineRecipe, opset: int, operators: Collection[str]
+) -> None:
+    """Refuse a graph that the parser of the recipe's target does not take.
+
+    Args:
+        recipe: Recipe of the engine.
+        opset: The graph's opset.
+        operators: Names of the operators in it.
+
+    Raises:
+        BuildError: Its opset is too high, or an operator is refused.
+    """
+    problem = _misfit(recipe, opset, operators)
+    if problem:
+        raise BuildError(
+            "the target's parser does not take the graph",
+            why=problem,
+            fix=f"export it with `--recipe {recipe.export}`, the recipe's own",
+        )
+
+
+def check_export_fits(recipe: EngineRecipe, export: ExportRecipe) -> None:
+    """Refuse an engine's recipe whose export recipe makes what its parser refuses.
+
+    Raises:
+        RecipeError: As above, before anything is exported.
+    """
+    native = {
+        "Attention": export.attention == "native",
+        "GroupNormalization": export.normalisation == "native",
+    }
+    operators = [name for name, used in native.items() if used]
+    problem = _misfit(recipe, export.opset, operators)
+    if problem:
+        raise RecipeError(
+            f"the export recipe {recipe.export} makes a graph that the target's parser "
+            "does not take",
+            why=problem,
+            fix="set `export` to a recipe without it, or change max_opset and "
+            "operators_refused if the target's library is newer",
+        )
+
+
+def _misfit(recipe: EngineRecipe, opset: int, operators: Collection[str]) -> str:
+    """What the target's parser does not take; empty if it takes all."""
+    problems = []
+    if recipe.max_opset and opset > recipe.max_opset:
+        problems.append(
+            f"the graph has opset {opset}, the parser takes {recipe.max_opset}"
+        )
+    refused = sorted(set(recipe.operators_refused) & set(operators))
+    if refused:
+        problems.append(f"the parser has no operator {', '.join(refused)}")
+    return "; ".join(problems)

@@ -79,6 +79,9 @@ def set_options(
 ) -> None:
     """Put the recipe's settings, and no TF32, into an ``IBuilderConfig``.
 
+    Every setting is read back: TensorRT drops some that it does not like with no more
+    than a message in its log.
+
     Args:
         trt: The TensorRT module.
         config: Its ``IBuilderConfig``.
@@ -87,20 +90,101 @@ def set_options(
             or it is unknown.
 
     Raises:
-        BuildError: The library lacks a setting that the recipe asks for.
+        BuildError: The library lacks a setting that the recipe asks for, or does not
+            take its value.
     """
     tf32 = getattr(trt.BuilderFlag, "TF32", None)
     if tf32 is not None:
         config.clear_flag(tf32)
-    if recipe.workspace_bytes:
-        pool = trt.MemoryPoolType.WORKSPACE
-        config.set_memory_pool_limit(pool, recipe.workspace_bytes)
-    if recipe.optimization_level is not None:
-        config.builder_optimization_level = recipe.optimization_level
-    if recipe.auxiliary_streams is not None:
-        config.max_aux_streams = recipe.auxiliary_streams
-    if recipe.compute_capabilities:
+    _set_workspace(trt, config, recipe, free_bytes)
+    for key, name in _ATTRIBUTES.items():
+        value = getattr(recipe, key)
+        if value is not None:
+            _set_attribute(trt, config, key, name, value)
+    for key, name in _FLAGS.items():
+        if getattr(recipe, key):
+            _set_flag(trt, config, key, name)
+    if recipe.hardware_compatibility != "none":
+        _set_compatibility(trt, config, recipe.hardware_compatibility)
+    if recipe.compute_capabilities and recipe.flavour == "tensorrt_rtx":
         _set_capabilities(trt, config, recipe.compute_capabilities)
+
+
+_ATTRIBUTES = {
+    "optimization_level": "builder_optimization_level",
+    "auxiliary_streams": "max_aux_streams",
+}
+"""Key of a recipe to the builder configuration's attribute."""
+
+_FLAGS = {
+    "version_compatible": "VERSION_COMPATIBLE",
+    "weight_streaming": "WEIGHT_STREAMING",
+    "user_allocation": "REQUIRE_USER_ALLOCATION",
+}
+"""Key of a recipe to the name of its ``BuilderFlag``."""
+
+
+def _set_workspace(
+    trt: Any, config: Any, recipe: EngineRecipe, free_bytes: int | None
+) -> None:
+    limit = recipe.workspace_limit(free_bytes)
+    if limit is None:
+        return
+    pool = trt.MemoryPoolType.WORKSPACE
+    config.set_memory_pool_limit(pool, limit)
+    found = config.get_memory_pool_limit(pool)
+    if found != limit:
+        raise _dropped(trt, "workspace", limit, found)
+
+
+def _set_attribute(trt: Any, config: Any, key: str, name: str, value: int) -> None:
+    if not hasattr(config, name):
+        raise _lacking(trt, key, name)
+    setattr(config, name, value)
+    found = getattr(config, name)
+    if found != value:
+        raise _dropped(trt, key, value, found)
+
+
+def _set_flag(trt: Any, config: Any, key: str, name: str) -> None:
+    flag = getattr(trt.BuilderFlag, name, None)
+    if flag is None:
+        raise _lacking(trt, key, f"BuilderFlag.{name}")
+    config.set_flag(flag)
+    if not config.get_flag(flag):
+        raise _dropped(trt, key, True, False)
+
+
+def _set_compatibility(trt: Any, config: Any, wanted: str) -> None:
+    key, name = "hardware_compatibility", wanted.upper()
+    levels = getattr(trt, "HardwareCompatibilityLevel", None)
+    level = getattr(levels, name, None)
+    attribute = "hardware_compatibility_level"
+    if level is None or not hasattr(config, attribute):
+        raise _lacking(trt, key, f"HardwareCompatibilityLevel.{name}")
+    setattr(config, attribute, level)
+    found = getattr(config, attribute)
+    if found != level:
+        fix = "name the GPUs in compute_capabilities instead, for TensorRT-RTX"
+        raise _dropped(trt, key, wanted, found, fix)
+
+
+def _lacking(trt: Any, key: str, name: str) -> BuildError:
+    return BuildError(
+        f"{trt.__name__} {trt.__version__} lacks the setting {key}",
+        why=f"it has no {name}, which the recipe asks for",
+        fix=f"remove {key} from the recipe, or build with a library that has it",
+    )
+
+
+def _dropped(
+    trt: Any, key: str, wanted: object, found: object, fix: str = ""
+) -> BuildError:
+    return BuildError(
+        f"{trt.__name__} {trt.__version__} does not take {key} = {wanted}",
+        why=f"afterwards it is {found}",
+        fix=fix or f"change {key} in the recipe",
+    )
 
 
 def _set_capabilities(trt: Any, config: Any, wanted: tuple[str, ...]) -> None:
