@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ T = TypeVar("T")
 
 # The time to parse some TOML grows with the square of its length.
 _MAX_BYTES = 1 << 14
+_BARE_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./+-]*")
 
 
 def dataclass_from_mapping(kind: type[T], values: Any, where: str) -> T:
@@ -132,11 +134,19 @@ def recipe_names(kind: str) -> list[str]:
     return sorted(path.stem for path in recipe_folder(kind).glob("*.toml"))
 
 
-def load_recipe(kind: str, name: str, into: type[T]) -> T:
+def load_recipe(kind: str, name: str, into: type[T], settings: Iterable[str] = ()) -> T:
     """Read the recipe ``name`` of ``kind``, or the TOML file of that path.
 
+    Args:
+        kind: ``export`` or ``engines``.
+        name: Name of a recipe, or path of a file ending in ``.toml``.
+        into: The dataclass that a recipe of this kind is.
+        settings: ``KEY=VALUE`` that replace what the file says, the later of two for
+            the same key. A value is TOML; a bare word is a string.
+
     Raises:
-        RecipeError: No such recipe, not TOML, or not of the form of ``into``.
+        RecipeError: No such recipe, not TOML, or not of the form of ``into``; a
+            setting that is at fault is named.
     """
     path = Path(name)
     if path.suffix != ".toml":
@@ -146,16 +156,69 @@ def load_recipe(kind: str, name: str, into: type[T]) -> T:
                 f"there is no recipe {name!r} in {kind}/",
                 fix=f"use one of {', '.join(recipe_names(kind))}, or a .toml file",
             )
+    values = _read_toml(path)
+    given = [_setting(text, into) for text in settings]
+    where = f"recipe {path.name}"
+    if not given:
+        return dataclass_from_mapping(into, values, where)
+    merged = {**values, **dict(given)}
+    try:
+        return dataclass_from_mapping(into, merged, where)
+    except RecipeError as error:
+        shown = ", ".join(f"{key} = {value!r:.60}" for key, value in given)
+        raise RecipeError(
+            f"{where} with {shown}: {error.what}", why=error.why, fix=error.fix
+        ) from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         with open_plain(path, follow=True) as handle:
             text = handle.read(_MAX_BYTES + 1)
         if len(text) > _MAX_BYTES:
             raise RecipeError(f"{path} is too large to be a recipe")
-        values = tomllib.loads(text.decode("utf-8"))
+        return tomllib.loads(text.decode("utf-8"))
     except OSError as error:
         raise RecipeError(
             f"cannot read the recipe {path}", why=error.strerror or str(error)
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path} is not TOML", why=str(error)) from error
-    return dataclass_from_mapping(into, values, f"recipe {path.name}")
+
+
+def _setting(text: str, into: type) -> tuple[str, Any]:
+    """``KEY=VALUE`` as the key and the value, which fits the field of that name."""
+    key, equals, value = text.partition("=")
+    key, value = key.strip(), value.strip()
+    where = f"the setting {text!r:.60}"
+    if not equals or not key:
+        raise RecipeError(f"{where} is not KEY=VALUE")
+    hints = typing.get_type_hints(into)
+    if key not in hints:
+        raise RecipeError(
+            f"{where} has an unknown key", fix=f"known keys are {', '.join(hints)}"
+        )
+    try:
+        return key, _value_from(hints[key], _toml_value(value, where), where)
+    except RecipeError as error:
+        if error.fix or hints[key] != tuple[str, ...]:
+            raise
+        fix = f"""quote words in a list, and all for the shell: '{key}=["word"]'"""
+        raise RecipeError(error.what, why=error.why, fix=fix) from error
+
+
+def _toml_value(text: str, where: str) -> Any:
+    if len(text) <= _MAX_BYTES:
+        try:
+            values = tomllib.loads(f"value = {text}")
+        except (tomllib.TOMLDecodeError, RecursionError):
+            values = {}
+        if list(values) == ["value"]:
+            return values["value"]
+        if _BARE_WORD.fullmatch(text):
+            return text
+    raise RecipeError(
+        f"{where} has a value that is not TOML",
+        fix="write a number, true, false, a word, or a list such as '[1, 2]'; quote "
+        "it for the shell",
+    )

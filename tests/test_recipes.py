@@ -44,6 +44,29 @@ class Outer:
     free: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Words:
+    """One that has a list of words."""
+
+    name: str
+    count: int
+    inner: Inner
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fussy:
+    """One that checks itself."""
+
+    name: str
+    count: int
+    inner: Inner
+
+    def __post_init__(self) -> None:
+        if self.count > 9:
+            raise RecipeError("too many", why=f"it is {self.count}", fix="take fewer")
+
+
 SMALL = {"name": "a", "count": 3}
 WHOLE: dict[str, Any] = {
     "name": "b",
@@ -245,6 +268,90 @@ class TestLoading:
         with pytest.raises(RecipeError, match=message) as caught:
             load_recipe("engines", str(path), Outer)
         assert "recipe odd.toml" in caught.value.what
+
+
+class TestSettings:
+    @staticmethod
+    def load(*settings: str) -> Outer:
+        return load_recipe("engines", "large", Outer, settings)
+
+    @pytest.mark.parametrize(
+        ("setting", "key", "value"),
+        [
+            ("count=7", "count", 7),
+            (" count = 1_000 ", "count", 1000),
+            ("ratio=1", "ratio", 1.0),
+            ("flag=true", "flag", True),
+            ("kind=two", "kind", "two"),
+            ("name=float16-turing", "name", "float16-turing"),
+            ("name='two words'", "name", "two words"),
+            ("name=a/b.toml", "name", "a/b.toml"),
+            ("sizes=[1, 2]", "sizes", (1, 2)),
+            ("sizes=[]", "sizes", ()),
+            ("inner={ size = 4 }", "inner", Inner(4)),
+        ],
+    )
+    @pytest.mark.usefixtures("shelf")
+    def test_a_setting_replaces_what_the_file_says(
+        self, setting: str, key: str, value: Any
+    ) -> None:
+        found = self.load(setting)
+        assert getattr(found, key) == value
+        plain = self.load()
+        assert dataclasses.replace(found, **{key: getattr(plain, key)}) == plain
+
+    @pytest.mark.usefixtures("shelf")
+    def test_the_last_of_several_counts(self) -> None:
+        assert self.load("count=7", "flag=true", "count=8").count == 8
+
+    def test_a_key_that_the_file_lacks(self, shelf: Path, tmp_path: Path) -> None:
+        own = tmp_path / "mine.toml"
+        own.write_text("count = 1")
+        assert load_recipe("engines", str(own), Outer, ["name=n"]) == Outer("n", 1)
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ("count", "is not KEY=VALUE"),
+            ("=3", "is not KEY=VALUE"),
+            ("colour=1", "has an unknown key"),
+            ("inner.size=1", "has an unknown key"),
+            ("count=many", "must be int"),
+            ("flag=yes", "must be bool"),
+            ("kind=three", "must be one of 'one', 'two'"),
+            ("sizes=1", "must be a list"),
+            ("sizes=[1.5]", "must be int"),
+            ("sizes=[1,", "a value that is not TOML"),
+            ("name=two words", "a value that is not TOML"),
+            ("name=", "a value that is not TOML"),
+            ("count=1\nflag=true", "a value that is not TOML"),
+            ("sizes=" + "[" * 16_000, "a value that is not TOML"),
+            ("name=" + "x" * 20_000, "a value that is not TOML"),
+            ("ratio=nan", "must be a finite number"),
+        ],
+    )
+    @pytest.mark.usefixtures("shelf")
+    def test_the_setting_at_fault_is_named(self, setting: str, message: str) -> None:
+        with pytest.raises(RecipeError) as caught:
+            self.load("flag=true", setting)
+        assert message in caught.value.what
+        assert f"the setting {setting[:50]!r:.50}" in caught.value.what
+        assert "flag=true'" not in caught.value.what
+        assert len(str(caught.value)) < 500
+
+    @pytest.mark.usefixtures("shelf")
+    def test_words_in_a_list_need_quotes(self) -> None:
+        with pytest.raises(RecipeError) as caught:
+            load_recipe("engines", "large", Words, ["words=[8.9]"])
+        assert """'words=["word"]'""" in caught.value.fix
+
+    @pytest.mark.usefixtures("shelf")
+    def test_settings_that_do_not_go_together_are_shown(self) -> None:
+        with pytest.raises(RecipeError) as caught:
+            load_recipe("engines", "large", Fussy, ["name=n", "count=12"])
+        assert "recipe large.toml" in caught.value.what
+        assert "count = 12: too many" in caught.value.what
+        assert (caught.value.why, caught.value.fix) == ("it is 12", "take fewer")
 
 
 @pytest.mark.parametrize("kind", ["export", "engines"])
