@@ -1,0 +1,21 @@
+"""Before a plan is loaded: can this machine run it, and if not, what puts that right?
+
+A plan is bound to the version of the library that built it and, more or less, to the
+GPU. The manifest says to which; ``here`` looks at the machine, and ``plan_problem``
+holds one against the other. Neither reads the plan, and neither imports TensorRT into
+this process.
+"""
+
+from .machine import Gpu, Here, here, library_version
+from .rebuild import rebuild_if_stale
+from .rules import PlanProblem, plan_problem
+
+__all__ = [
+    "Gpu",
+    "Here",
+    "PlanProblem",
+    "here",
+    "library_version",
+    "plan_problem",
+    "rebuild_if_stale",
+]
