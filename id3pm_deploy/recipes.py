@@ -159,16 +159,17 @@ def load_recipe(kind: str, name: str, into: type[T], settings: Iterable[str] = (
     values = _read_toml(path)
     given = [_setting(text, into) for text in settings]
     where = f"recipe {path.name}"
-    if not given:
-        return dataclass_from_mapping(into, values, where)
-    merged = {**values, **dict(given)}
     try:
-        return dataclass_from_mapping(into, merged, where)
+        return dataclass_from_mapping(into, {**values, **dict(given)}, where)
     except RecipeError as error:
-        shown = ", ".join(f"{key} = {value!r:.60}" for key, value in given)
-        raise RecipeError(
-            f"{where} with {shown}: {error.what}", why=error.why, fix=error.fix
-        ) from error
+        if given:
+            shown = ", ".join(f"{key} = {value!r:.60}" for key, value in given)
+            what = f"{where} with {shown}: {error.what}"
+        elif where in error.what:
+            raise
+        else:
+            what = f"{where}: {error.what}"
+        raise RecipeError(what, why=error.why, fix=error.fix) from error
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
