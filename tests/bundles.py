@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from id3pm_deploy.builders.tensorrt import BuiltPlan
 from id3pm_deploy.bundle import (
     BASE,
     MANIFEST_NAME,
@@ -75,6 +76,33 @@ def with_plan(folder: Path, plan: bytes = b"plan", target: str = "rtx") -> Engin
     writer.add_engine(entry)
     writer.commit()
     return entry
+
+
+def plan_builder(plan: bytes = b"plan", **facts: Any) -> Callable[..., BuiltPlan]:
+    """What can stand in for ``build_plan``: it writes ``plan``.
+
+    Args:
+        plan: The bytes.
+        facts: Fields of the BuiltPlan that are to be others.
+    """
+    built = BuiltPlan(
+        "tensorrt_rtx",
+        "1",
+        "float32",
+        (),
+        (),
+        {},
+        (),
+        build_seconds=1.0,
+        peak_memory_bytes=5,
+    )
+
+    def build(graph: Path, recipe: object, cache: object, file: Path) -> BuiltPlan:
+        assert graph.read_bytes()
+        file.write_bytes(plan)
+        return dataclasses.replace(built, **facts)
+
+    return build
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundles import plan_builder
 from models import contents
 
 from id3pm_deploy.backends.onnxruntime import OnnxRuntimeEngine
-from id3pm_deploy.builders import build as build_module
+from id3pm_deploy.builders import engine_entries
 from id3pm_deploy.builders import onnx as onnx_module
 from id3pm_deploy.builders import tensorrt as tensorrt_module
 from id3pm_deploy.builders.build import build_engine, export_bundle
 from id3pm_deploy.builders.onnx import ExportedGraph
 from id3pm_deploy.builders.recipe import EngineRecipe
-from id3pm_deploy.builders.tensorrt import BuiltPlan
 from id3pm_deploy.bundle import MANIFEST_NAME, GraphEntry, open_bundle
 from id3pm_deploy.errors import BuildError, BundleError, ParityError, RecipeError
 from id3pm_deploy.inspection import self_tests
@@ -150,7 +150,7 @@ def test_ctrl_c_leaves_no_new_folder_and_no_changed_bundle(
     if where == "export":
         monkeypatch.setattr(onnx_module, "export_graph", _stop)
     else:
-        monkeypatch.setattr(build_module, "self_test", _stop)
+        monkeypatch.setattr(engine_entries, "self_test", _stop)
     for out in (bundle_copy.parent / "a" / "new", bundle_copy):
         with pytest.raises(KeyboardInterrupt):
             build_engine(tiny_checkpoint, "cpu", out)
@@ -175,10 +175,8 @@ def test_a_checkpoint_here_gets_its_bundle_beside_it(
 def test_a_plans_warnings_are_kept(
     bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = BuiltPlan(
-        b"plan", "tensorrt_rtx", "1", "float32", (), (), {}, ("slow here",), 1.0, 5
-    )
-    monkeypatch.setattr(tensorrt_module, "build_plan", lambda *_: plan)
+    build = plan_builder(b"plan", warnings=("slow here",))
+    monkeypatch.setattr(tensorrt_module, "build_plan", build)
     recipe = tmp_path / "my gpu.toml"
     recipe.write_text(
         'summary = "s"\nbackend = "tensorrt"\nflavour = "tensorrt_rtx"\n'

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bundles import GOLDEN, SEED, new_engine, new_writer, with_plan
+from bundles import GOLDEN, SEED, new_engine, new_writer, plan_builder, with_plan
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from id3pm_deploy import __version__
 from id3pm_deploy.builders import tensorrt as tensorrt_module
 from id3pm_deploy.builders.build import build_engine
-from id3pm_deploy.builders.tensorrt import BuiltPlan
 from id3pm_deploy.bundle import (
     MANIFEST_NAME,
     SIGNATURE_NAME,
@@ -454,8 +453,7 @@ def _spoil(home: Path, how: str, patch: pytest.MonkeyPatch) -> None:
 def test_a_spoilt_home_never_loses_a_build(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    plan = BuiltPlan(b"p", "tensorrt_rtx", "1", "float32", (), (), {}, (), 1.0, 5)
-    monkeypatch.setattr(tensorrt_module, "build_plan", lambda *_: plan)
+    monkeypatch.setattr(tensorrt_module, "build_plan", plan_builder())
     folder = Path(shutil.copytree(GOLDEN / "bundle-v1", tmp_path / "old"))
     migrate_bundle(folder)
     recipe = tmp_path / "gpu.toml"

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..backends.base import step_shapes
-from ..backends.graph_check import check_graph
 from ..bundle import (
     BASE,
     SIGNATURE_NAME,
@@ -33,11 +28,13 @@ from ..files import beside
 from ..optional import require
 from ..progress import progress
 from ..recipes import load_recipe
-from ..selftest import golden_bytes, self_test
+from ..selftest import golden_bytes
 from ..solvers import RESCALE_COLUMN, STATE_SLOTS, STEP_WIDTH
 from ..spec import check_chain
+from .cache import PlanCache
+from .engine_entries import made_with, onnxruntime_entry, tensorrt_entries
 from .export_recipe import ExportRecipe
-from .recipe import EngineRecipe
+from .recipe import EngineRecipe, check_export_fits
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,8 @@ class BuiltEngine:
 
     ``entry`` and ``graph`` are the base's; ``super_resolution`` is the engine of the
     second stage, where one was built. ``notes`` is what the user should know although
-    nothing failed.
+    nothing failed. ``from_cache`` says that nothing was built anew: the plans had been
+    built before.
     """
 
     bundle: Bundle
@@ -54,6 +52,7 @@ class BuiltEngine:
     graph: GraphEntry
     notes: tuple[str, ...] = ()
     super_resolution: EngineEntry | None = None
+    from_cache: bool = False
 
 
 def export_bundle(
@@ -165,7 +164,7 @@ def _exported(
         max_relative_error=exported.worst_error,
         golden=writer.add_file("golden", ".npz", golden_bytes(exported.golden)),
         recipe=recipe_name,
-        made_with=_made_with("torch", "onnx", "onnxscript"),
+        made_with=made_with("torch", "onnx", "onnxscript"),
         stage=stage,
         **_settings(recipe),
     )
@@ -194,20 +193,13 @@ def _body(recipe: ExportRecipe) -> dict[str, Any]:
     return dict(sorted(listed.items()))
 
 
-def _made_with(*packages: str) -> dict[str, str]:
-    """Versions of this package and of others, where they state one."""
-    versions = {"id3pm-deploy": __version__}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
 def build_engine(
     source: Path,
     target: str,
     out: Path | None,
     super_resolution: Path | None = None,
+    settings: tuple[str, ...] = (),
+    cache: PlanCache | None = None,
 ) -> BuiltEngine:
     """Build the engines of ``target`` from a CHECKPOINT or a BUNDLE, one a stage.
 
@@ -221,21 +213,23 @@ def build_engine(
             checkpoint.
         super_resolution: CHECKPOINT of the model behind ``source``. A bundle knows its
             own.
+        settings: ``KEY=VALUE`` that replace what the recipe says.
+        cache: Plans that were built before; None to build again whatever is there.
 
     Raises:
+        RecipeError: There is no such recipe, or it is unusable.
         InputError: ``source`` is neither, ``out`` contradicts it, or the second model
             cannot enlarge what the first one makes.
         BundleError: A BUNDLE is damaged, or ``out`` is of another checkpoint.
         BuildError: The graph is missing or the engine cannot be built.
         ParityError: The engine fails its self-test.
     """
-    recipe = load_recipe("engines", target, EngineRecipe)
+    recipe = load_recipe("engines", target, EngineRecipe, settings)
     if recipe.backend == "onnxruntime" and recipe.flavour != "cpu":
         raise BuildError(
             f"this release builds no engine of flavour {recipe.flavour!r}",
             fix="use the target cpu",
         )
-    name = Path(target).stem
     if is_bundle(source):
         if super_resolution is not None:
             raise InputError(
@@ -246,20 +240,22 @@ def build_engine(
     else:
         chain = _chain(source, super_resolution)
         writer, graphs = _from_checkpoints(chain, recipe, out)
-    make = _tensorrt_entry if recipe.backend == "tensorrt" else _onnxruntime_entry
-    entries = []
-    for graph in graphs:
-        entries.append(make(writer, graph, recipe, name))
-        writer.add_engine(entries[-1])
-    notes = []
-    # Before the commit: no plan in a bundle may lack its note because of a crash.
+    name, taken, notes = Path(target).stem, False, []
     if recipe.backend == "tensorrt":
+        entries, taken = tensorrt_entries(writer, graphs, recipe, name, cache)
+        # Before the commit: no plan in a bundle may lack its note because of a crash.
         notes = [record_plan(writer.file_entry(e.file).sha256) for e in entries]
+        notes += cache.notes if cache is not None else []
+    else:
+        entries = [onnxruntime_entry(writer, g, recipe, name) for g in graphs]
+    for entry in entries:
+        writer.add_engine(entry)
     if os.path.lexists(writer.folder / SIGNATURE_NAME):
         notes.append("the bundle's signature was removed, as the bundle has changed")
     said = tuple(dict.fromkeys(filter(None, notes)))
     second = entries[1] if len(entries) > 1 else None
-    return BuiltEngine(writer.commit(), entries[0], graphs[0], said, second)
+    bundle = writer.commit()
+    return BuiltEngine(bundle, entries[0], graphs[0], said, second, taken)
 
 
 def _from_bundle(
@@ -304,6 +300,7 @@ def _from_checkpoints(
             why=f"it makes a {export.graph} graph in {export.precision}",
             fix="make `export` and `precision` of the engine's recipe agree",
         )
+    check_export_fits(recipe, export)
     writer = _chain_writer(folder, chain)
     there = Bundle(folder, writer.manifest)
     name = Path(recipe.export).stem
@@ -325,57 +322,3 @@ def _reusable(bundle: Bundle, recipe: ExportRecipe, stage: str) -> GraphEntry | 
     except BundleError:
         return None
     return graph
-
-
-def _onnxruntime_entry(
-    writer: BundleWriter, graph: GraphEntry, recipe: EngineRecipe, target: str
-) -> EngineEntry:
-    from ..backends.onnxruntime import OnnxRuntimeEngine
-
-    begun = time.perf_counter()
-    shapes = step_shapes(writer.manifest.stages[graph.stage].diffusion)
-    data = writer.read(graph.file)
-    with OnnxRuntimeEngine(data, shapes, graph.precision, recipe.threads) as engine:
-        error = self_test(engine, writer, graph)
-        version = engine.info.version
-    return EngineEntry(
-        target=target,
-        backend=recipe.backend,
-        flavour=recipe.flavour,
-        version=version,
-        precision=graph.precision,
-        graph=graph.file,
-        file=graph.file,
-        build_seconds=round(time.perf_counter() - begun, 3),
-        self_test_error=error,
-        threads=recipe.threads,
-        made_with=_made_with(),
-        stage=graph.stage,
-    )
-
-
-def _tensorrt_entry(
-    writer: BundleWriter, graph: GraphEntry, recipe: EngineRecipe, target: str
-) -> EngineEntry:
-    from .tensorrt import build_plan
-
-    data = writer.read(graph.file)
-    check_graph(data)
-    plan = build_plan(data, recipe)
-    return EngineEntry(
-        target=target,
-        backend=recipe.backend,
-        flavour=plan.flavour,
-        version=plan.version,
-        precision=plan.precision,
-        graph=graph.file,
-        file=writer.add_file(target, ".plan", plan.data),
-        compute_capabilities=plan.compute_capabilities,
-        profiles=plan.profiles,
-        layer_types=plan.layer_types,
-        build_seconds=round(plan.build_seconds, 3),
-        peak_memory_bytes=plan.peak_memory_bytes,
-        warnings=plan.warnings,
-        made_with=_made_with(),
-        stage=graph.stage,
-    )

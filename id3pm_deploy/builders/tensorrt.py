@@ -1,8 +1,8 @@
 """Step graph to TensorRT plan, in a process of its own.
 
 A native library that crashes or runs out of memory takes only that process with it,
-and stopping a build is ending it. Nothing is written but into a private temporary
-folder; the plan comes back as bytes, for the bundle to keep.
+and stopping a build is ending it. The plan goes from file to file and is never held in
+this process. What was built before comes from the cache.
 
 TensorRT-RTX builds without a GPU. Plain TensorRT goes through the same code and has
 never been run by it: it needs its vendor's package index and a GPU to build.
@@ -14,12 +14,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +28,9 @@ from .. import errors
 from ..errors import BuildError, Id3pmError, RecipeError
 from ..files import hold, output_error, remove
 from ..progress import Tick, progress
+from ..recipes import dataclass_from_mapping
+from .cache import PlanCache
+from .plan_key import builder_here, depends_on_gpu, is_portable, plan_key
 from .recipe import EngineRecipe
 
 _BOOT = (
@@ -40,23 +44,32 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """A plan and what is known of it.
+    """What is known of a plan.
 
     Attributes:
-        data: The serialised plan.
         flavour: ``tensorrt`` or ``tensorrt_rtx``.
         version: Full version of that library; a plan may run on no other.
         precision: The recipe's, checked in the parsed network.
-        compute_capabilities: GPUs a portable plan is for; empty where the library
-            decided.
+        compute_capabilities: The recipe's: GPUs that the plan is for; empty where the
+            library decided.
         profiles: ``samples`` and ``rows``, each [min, opt, max], in the plan's order.
         layer_types: What ``precision.count_network`` found, with its source.
         warnings: What the library warned of.
         build_seconds: From after the library's import to the finished plan.
         peak_memory_bytes: Most memory of the process that built it.
+        plan_types: The same as ``layer_types`` of the finished plan; empty where no
+            inspector works.
+        peak_device_memory_bytes: Most memory that the build took on the GPU; None
+            where that is unknown.
+        gpu_name: The GPU that a plan is bound to; None for portable ones.
+        compute_capability: The one that a plan is bound to; None for portable ones.
+        multiprocessors: As ``gpu_name``.
+        cuda: CUDA version of the driver it was built under; None where it does not
+            matter.
+        plan_key: What it is called in the cache; empty where that is unknown.
+        from_cache: Whether it was taken from there; all else is as it was built.
     """
 
-    data: bytes
     flavour: str
     version: str
     precision: str
@@ -66,41 +79,75 @@ class BuiltPlan:
     warnings: tuple[str, ...]
     build_seconds: float
     peak_memory_bytes: int
+    plan_types: dict[str, Any] = field(default_factory=dict)
+    peak_device_memory_bytes: int | None = None
+    gpu_name: str | None = None
+    compute_capability: str | None = None
+    multiprocessors: int | None = None
+    cuda: str | None = None
+    plan_key: str = ""
+    from_cache: bool = False
 
 
-def build_plan(graph: bytes | Path, recipe: EngineRecipe) -> BuiltPlan:
-    """Build a TensorRT plan; a bar on a terminal shows how far it is.
+def build_plan(
+    graph: Path, recipe: EngineRecipe, cache: PlanCache | None, file: Path
+) -> BuiltPlan:
+    """Build a TensorRT plan, or take it from the cache; a bar shows how far it is.
 
     Args:
-        graph: An ONNX step graph whose dynamic dimensions are called B and R: its
-            bytes, or its path where its weights lie in a file beside it.
+        graph: An ONNX step graph whose dynamic dimensions are called B and R. Weights
+            may lie in files beside it.
         recipe: Of the ``tensorrt`` backend.
+        cache: Where plans are kept; None to build whatever is there.
+        file: Where the plan is written: a path whose folder exists, or the path of a
+            ``ScratchFile``, as for ``graph``. After an error nothing is there.
 
     Raises:
         RecipeError: The recipe is of another backend.
         MissingPackageError: The recipe's TensorRT is not installed.
         BuildError: The graph cannot be read or parsed, is not of the recipe's
             precision, or TensorRT fails; a signal that ended it is named.
-        OutputError: There is no room for temporary files.
+        OutputError: There is no room for the plan or temporary files.
     """
     if recipe.backend != "tensorrt":
         raise RecipeError(
             f"a recipe of the {recipe.backend} backend makes no plan",
             fix="use a recipe whose backend is tensorrt",
         )
+    if not graph.is_file():
+        raise BuildError(f"there is no graph {graph}", fix="export it first")
+    builder = builder_here(recipe)
+    key = "" if builder is None else plan_key(graph, recipe, builder)
+
+    def build() -> dict[str, Any]:
+        return dataclasses.asdict(_built(graph, recipe, file, key))
+
+    with _removed_after_failure(file):
+        if cache is None or not key:
+            facts, taken = build(), False
+        else:
+            facts, taken = cache.get_or_build(key, build, file, _plan_from)
+    return dataclasses.replace(_plan_from(facts), from_cache=taken)
+
+
+def _plan_from(facts: dict[str, Any]) -> BuiltPlan:
+    """Raises RecipeError for what is none, or one of another release."""
+    return dataclass_from_mapping(BuiltPlan, facts, "what is known of the plan")
+
+
+def _built(graph: Path, recipe: EngineRecipe, file: Path, key: str) -> BuiltPlan:
+    """Write a plan to ``file``."""
     with _work_folder() as work:
-        plan = work / "plan"
         request = {
             "work": str(work),
-            "graph": str(_graph_path(graph, work)),
-            "plan": str(plan),
+            "graph": os.path.abspath(graph),
+            "plan": os.path.abspath(file),
             "recipe": dataclasses.asdict(recipe),
         }
+        files = tuple(filter(None, map(_descriptor, (graph, file))))
         with progress(len(recipe.profiles), "build plan") as tick:
-            built = _run_child(request, work, tick)
-        data = plan.read_bytes()
+            built = _run_child(request, work, tick, files)
     return BuiltPlan(
-        data=data,
         flavour=recipe.flavour,
         version=built["version"],
         precision=recipe.precision,
@@ -110,7 +157,44 @@ def build_plan(graph: bytes | Path, recipe: EngineRecipe) -> BuiltPlan:
         warnings=tuple(built["warnings"]),
         build_seconds=built["build_seconds"],
         peak_memory_bytes=built["peak_memory_bytes"],
+        plan_types=built.get("plan_types", {}),
+        peak_device_memory_bytes=built.get("peak_device_memory_bytes"),
+        plan_key=key,
+        **_bound_to(recipe, built.get("gpu")),
     )
+
+
+def _bound_to(recipe: EngineRecipe, gpu: dict[str, Any] | None) -> dict[str, Any]:
+    """What of the GPU that built it a plan is bound to."""
+    if gpu is None or not (recipe.flavour == "tensorrt" or depends_on_gpu(recipe)):
+        return {}
+    bound = {"cuda": gpu["cuda"]}
+    if depends_on_gpu(recipe):
+        bound["compute_capability"] = gpu["compute_capability"]
+    if not is_portable(recipe):
+        bound["gpu_name"] = gpu["name"]
+        bound["multiprocessors"] = gpu["multiprocessors"]
+    return bound
+
+
+_DESCRIPTOR = re.compile(r"/dev/fd/(\d+)")
+
+
+def _descriptor(path: Path) -> int | None:
+    """The open file that a path stands for, which a child has to inherit."""
+    found = _DESCRIPTOR.fullmatch(str(path))
+    return int(found[1]) if found else None
+
+
+@contextlib.contextmanager
+def _removed_after_failure(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if _descriptor(file) is None:
+            with contextlib.suppress(OSError):
+                file.unlink()
+        raise
 
 
 @contextlib.contextmanager
@@ -163,21 +247,12 @@ def _remove_dead_folders(place: Path) -> None:
                 os.close(descriptor)
 
 
-def _graph_path(graph: bytes | Path, work: Path) -> Path:
-    if isinstance(graph, Path):
-        if not graph.is_file():
-            raise BuildError(f"there is no graph {graph}", fix="export it first")
-        return graph.resolve()
-    path = work / "graph.onnx"
-    try:
-        path.write_bytes(graph)
-    except OSError as error:
-        raise output_error(path, error) from error
-    return path
-
-
-def _run_child(request: dict[str, Any], work: Path, tick: Tick) -> dict[str, Any]:
+def _run_child(
+    request: dict[str, Any], work: Path, tick: Tick, files: tuple[int, ...]
+) -> dict[str, Any]:
     """Have a child process serve ``request``; returns its event ``built``.
+
+    It inherits the open ``files``, to which paths in the request may lead.
 
     It has a session of its own, so that Ctrl-C reaches this process alone, which then
     ends it.
@@ -193,6 +268,7 @@ def _run_child(request: dict[str, Any], work: Path, tick: Tick) -> dict[str, Any
             stderr=log,
             cwd=work,
             start_new_session=True,
+            pass_fds=files,
         ) as process,
     ):
         try:

@@ -167,6 +167,21 @@ class BundleWriter:
             return data.read() if isinstance(data, ScratchFile) else data
         return Bundle(self.folder, self.manifest).read(name)
 
+    def path_of(self, name: str) -> Path:
+        """A path that holds the bytes of :meth:`read`, for what reads files.
+
+        That of an added file is good in this process alone and as long as the writer
+        is there; see ``ScratchFile``.
+        """
+        data = self._data.get(name)
+        if data is None:
+            return Bundle(self.folder, self.manifest).path_of(name)
+        if isinstance(data, bytes):
+            held = ScratchFile(self.folder)
+            held.write([data])
+            self._data[name] = data = held
+        return data.path
+
     def commit(self) -> Bundle:
         """Write the files, replace the manifest, remove files it no longer needs.
 

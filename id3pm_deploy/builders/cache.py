@@ -1,0 +1,383 @@
+"""Plans that were built before, kept under everything that determined them.
+
+One folder a plan, ``KEY/`` with ``plan`` and ``entry.json``, is made beside its place
+and renamed, so that it is there whole or not at all. What is served was hashed on the
+way out; what does not fit is removed and built again. A plan is native code: nothing is
+taken from a folder that somebody else may write to. A cache that cannot be used costs a
+note, never a build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import BuildError, Id3pmError
+from ..files import (
+    hold,
+    json_text,
+    open_plain,
+    remove,
+    temporary_folder,
+    temporary_name,
+    write_new,
+)
+from ..user_folders import cache_folder, make_private, why_not_ours
+from ..versioned_json import JsonFormat
+from .cache_files import copy_hashed, held_lock, remove_free_lock, unlink_lock
+
+ENTRY = JsonFormat(
+    name="id3pm-cached-plan",
+    version=1,
+    what="a plan of the cache",
+    noun="cache entry",
+    max_bytes=4 << 20,
+    error=BuildError,
+)
+
+DEFAULT_LIMIT_BYTES = 10 << 30
+
+Facts = dict[str, Any]
+"""What is known of a plan, as JSON values; the cache takes it as it is."""
+
+Check = Callable[[Facts], object]
+"""Raises Id3pmError for facts that are not to be used."""
+
+_PLAN_NAME, _ENTRY_NAME = "plan", "entry.json"
+_KEY = re.compile(r"[0-9a-f]{64}")
+_LOCK = re.compile(r"[0-9a-f]{64}\.lock")
+_LEFTOVER = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{12}\.tmp")
+
+
+@dataclass(frozen=True)
+class CachedPlan:
+    """What ``entry.json`` says of the plan beside it."""
+
+    key: str
+    size: int
+    sha256: str
+    built_at: str
+    tool_version: str
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An entry as ``cache list`` shows it.
+
+    Attributes:
+        key: Name of its folder.
+        size: Bytes that it takes.
+        used_at: When it was last built or taken, in seconds since 1970.
+        plan: What it says of itself; None where that cannot be read.
+        problem: Why not.
+    """
+
+    key: str
+    size: int
+    used_at: float
+    plan: CachedPlan | None
+    problem: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was removed: a number of plans, and bytes in all."""
+
+    plans: int
+    size: int
+
+
+class PlanCache:
+    """Plans in one folder of the user's, up to a size.
+
+    Args:
+        folder: Where they lie; made when the first one is kept. None: there is no
+            place, so nothing is kept.
+        limit_bytes: Least recently used plans go when they are more than this.
+
+    Attributes:
+        notes: What kept the cache from being used or was wrong in it, for the user.
+    """
+
+    def __init__(
+        self, folder: Path | None, limit_bytes: int = DEFAULT_LIMIT_BYTES
+    ) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self.notes: list[str] = []
+
+    @classmethod
+    def default(cls, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> PlanCache:
+        """The one in the user's cache folder."""
+        place = cache_folder()
+        return cls(None if place is None else place / "plans", limit_bytes)
+
+    def get_or_build(
+        self, key: str, build: Callable[[], Facts], file: Path, check: Check
+    ) -> tuple[Facts, bool]:
+        """Fill ``file`` with the plan of ``key``: from the cache, or by building it.
+
+        Of several processes that want the same plan one builds, the others wait for
+        it. If it fails or dies, the next one builds.
+
+        Args:
+            key: 64 hexadecimal digits; see ``plan_key``.
+            build: Writes the plan to ``file`` and returns what is known of it.
+            file: Is overwritten.
+            check: Looks at what is known of a kept plan before it is taken.
+
+        Returns:
+            What ``build`` returned, now or then, and whether it was then.
+
+        Raises:
+            OutputError: ``file`` cannot be written.
+            Id3pmError: Whatever ``build`` raises.
+        """
+        if _KEY.fullmatch(key) is None:
+            raise ValueError(f"{key!r} is no key")
+        if (taken := self._taken(key, file, check)) is not None:
+            return taken, True
+        with self._locked(key) as usable:
+            if usable and (taken := self._taken(key, file, check)) is not None:
+                return taken, True
+            facts = build()
+            if usable:
+                self._keep(key, file, facts)
+        return facts, False
+
+    def entries(self) -> list[Listed]:
+        """What is kept, the most recently used first.
+
+        Raises:
+            OSError: The folder is not to be believed, or cannot be read.
+        """
+        found = [self._listed(key) for key in self._names(_KEY)]
+        return sorted(filter(None, found), key=lambda one: (-one.used_at, one.key))
+
+    def prune(self, max_bytes: int | None = None) -> Pruned:
+        """Remove what killed processes left, what cannot be read, and plans, the least
+        recently used first, until the others take no more than ``max_bytes``.
+
+        Args:
+            max_bytes: None is the cache's own limit.
+
+        Raises:
+            OSError: The folder is not to be believed, or cannot be changed.
+        """
+        self._sweep()
+        limit = self.limit_bytes if max_bytes is None else max_bytes
+        plans, size, kept = 0, 0, 0
+        for one in self.entries():
+            if one.plan is not None and kept + one.size <= limit:
+                kept += one.size
+                continue
+            if self._remove(one.key):
+                plans, size = plans + 1, size + one.size
+        return Pruned(plans, size)
+
+    # taking
+
+    def _taken(self, key: str, file: Path, check: Check) -> Facts | None:
+        """Copy a kept plan to ``file``; None if there is none that is right."""
+        if self.folder is None or not os.path.lexists(self.folder / key):
+            return None
+        try:
+            if reason := why_not_ours(self.folder):
+                self._note_unusable(reason)
+                return None
+            return self._copied(key, file, check)
+        except FileNotFoundError:
+            return None  # removed meanwhile
+        except (OSError, BuildError) as error:
+            self._discard(key, _reason(error))
+            return None
+
+    def _copied(self, key: str, file: Path, check: Check) -> Facts:
+        """Raises OSError or BuildError for an entry that is not to be used."""
+        entry = self._entry(key)
+        try:
+            check(entry.facts)
+        except Id3pmError as error:
+            raise BuildError(error.what) from error
+        folder = self._place() / key
+        path = folder / _PLAN_NAME
+        for place in (folder, folder / _ENTRY_NAME, path):
+            if reason := why_not_ours(place):
+                raise BuildError(reason)
+        with open_plain(path) as handle:
+            if os.fstat(handle.fileno()).st_size != entry.size:
+                raise BuildError("the plan's size is another one")
+            if copy_hashed(handle, file) != entry.sha256:
+                raise BuildError("the plan's SHA-256 is another one")
+        with contextlib.suppress(OSError):
+            os.utime(folder / _ENTRY_NAME)
+        return entry.facts
+
+    def _entry(self, key: str) -> CachedPlan:
+        folder = self._place() / key
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            raise BuildError("it is no folder")
+        data = ENTRY.read(folder / _ENTRY_NAME)
+        entry = ENTRY.into(CachedPlan, ENTRY.body(ENTRY.values(data, "it"), "it"), "it")
+        if entry.key != key:
+            raise BuildError("it is the entry of another plan")
+        return entry
+
+    def _discard(self, key: str, reason: str) -> None:
+        self._note(
+            f"the plan {key[:12]} in the cache cannot be used ({reason}); it is "
+            "removed and built again"
+        )
+        with contextlib.suppress(OSError):
+            self._remove(key)
+
+    # keeping
+
+    def _keep(self, key: str, file: Path, facts: Facts) -> None:
+        folder = self._place()
+        try:
+            size = os.stat(file).st_size
+            if size > self.limit_bytes:
+                self._note(
+                    f"the plan ({size / 1e6:.0f} MB) is larger than the cache may be "
+                    f"({self.limit_bytes / 1e6:.0f} MB) and was not kept there"
+                )
+                return
+            with temporary_folder(folder / key) as staging:
+                self._stage(staging, key, file, facts)
+                self._remove(key)
+                os.rename(staging, folder / key)
+            self._sweep()
+            self._evict(key)
+        except (OSError, Id3pmError) as error:
+            self._note_unusable(_reason(error), "the plan was not kept in")
+
+    def _stage(self, staging: Path, key: str, file: Path, facts: Facts) -> None:
+        with open(file, "rb") as handle:
+            path = staging / _PLAN_NAME
+            write_new(path, b"", mode=0o600)
+            digest = copy_hashed(handle, path, durable=True)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        size = path.stat().st_size
+        entry = CachedPlan(key, size, digest, now, __version__, facts)
+        head = {"format": ENTRY.name, "format_version": ENTRY.version}
+        text = json_text({**head, **dataclasses.asdict(entry)})
+        write_new(staging / _ENTRY_NAME, text.encode(), mode=0o600)
+
+    def _evict(self, newest: str) -> None:
+        """Remove the least recently used plans past the limit, ``newest`` the last."""
+        found = sorted(self.entries(), key=lambda one: one.key != newest)
+        kept = 0
+        for one in found:
+            kept += one.size
+            if kept > self.limit_bytes and one.key != newest:
+                self._remove(one.key)
+
+    # files
+
+    def _place(self) -> Path:
+        assert self.folder is not None
+        return self.folder
+
+    def _names(self, wanted: re.Pattern[str]) -> list[str]:
+        """Names in the folder; none where there is no folder."""
+        if self.folder is None or not os.path.lexists(self.folder):
+            return []
+        if reason := why_not_ours(self.folder):
+            raise PermissionError(errno.EPERM, reason, str(self.folder))
+        return sorted(filter(wanted.fullmatch, os.listdir(self.folder)))
+
+    def _listed(self, key: str) -> Listed | None:
+        folder, plan, problem = self._place() / key, None, ""
+        try:
+            plan = self._entry(key)
+        except (OSError, BuildError) as error:
+            problem = _reason(error)
+        try:
+            size = sum(path.lstat().st_size for path in folder.iterdir())
+            used = (folder / _ENTRY_NAME).lstat().st_mtime
+        except OSError:
+            size, used = 0, 0.0
+        return (
+            Listed(key, size, used, plan, problem) if os.path.lexists(folder) else None
+        )
+
+    def _remove(self, key: str) -> bool:
+        """Remove an entry, whole at once; False if there is none.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        folder = self._place() / key
+        away = temporary_name(folder)
+        try:
+            os.rename(folder, away)
+        except FileNotFoundError:
+            return False
+        remove(away)
+        return True
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left; what is held is in use."""
+        for name in self._names(_LEFTOVER):
+            path = self._place() / name
+            if (descriptor := hold(path)) is not None:
+                remove(path)
+                os.close(descriptor)
+        for name in self._names(_LOCK):
+            remove_free_lock(self._place() / name)
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[bool]:
+        """Hold the lock of a key; yields False where the cache cannot be used."""
+        path, descriptor = None, None
+        try:
+            if self.folder is None:
+                raise OSError(errno.ENOENT, "there is no home folder")
+            make_private(self.folder)
+            path = self.folder / f"{key}.lock"
+            while descriptor is None:
+                descriptor = held_lock(path)
+        except OSError as error:
+            self._note_unusable(_reason(error))
+        if path is None or descriptor is None:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            unlink_lock(path, descriptor)
+            os.close(descriptor)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _note_unusable(
+        self, reason: str, what: str = "the build went on without"
+    ) -> None:
+        self._note(
+            f"{what} the plan cache {self.folder or ''}: {reason}. Repair that folder, "
+            "set XDG_CACHE_HOME to another place, or give --no-cache"
+        )
+
+
+def _reason(error: OSError | Id3pmError) -> str:
+    if isinstance(error, Id3pmError):
+        return error.why or error.what
+    return error.strerror or str(error)
