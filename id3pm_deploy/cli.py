@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
+import os
+import signal
 import sys
-from typing import Any
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
@@ -23,12 +28,48 @@ _COMMANDS = {
     "parity": "Compare an engine with the PyTorch reference, step by step.",
     "bisect": "Find which modules have to stay in float32 in half precision.",
     "inspect": "Show what a CHECKPOINT, BUNDLE, picture or identity file holds.",
+    "cache": "List or remove the TensorRT plans that are kept for the next build.",
     "bundle": "Pack, unpack, verify, sign or migrate a BUNDLE; say whom you trust.",
     "doctor": "Show what is installed for each tier, and how to get what is missing.",
 }
 
 _MODULES = {"import": "import_checkpoint"}
 """Where a command's name cannot be a module's."""
+
+
+class _Stopped(BaseException):
+    """A signal asks the process to end; what it has begun is tidied up first."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
+
+
+@contextlib.contextmanager
+def _tidy_end() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command the way Ctrl-C does.
+
+    Python would die of them on the spot. Whoever set something else for them, as
+    ``nohup`` does, is left alone, and so are threads and forked children.
+    """
+    process, before = os.getpid(), {}
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        if os.getpid() != process:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise _Stopped(number)
+
+    try:
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                with contextlib.suppress(ValueError):  # not the main thread
+                    before[number] = signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class LazyGroup(click.Group):
@@ -68,7 +109,8 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; our own errors become a message and an exit status."""
         try:
-            return super().invoke(ctx)
+            with _tidy_end():
+                return super().invoke(ctx)
         except Id3pmError as error:
             _say(f"error: {error}")
             ctx.exit(error.exit_status)
@@ -86,6 +128,10 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             click.echo("\ninterrupted; nothing half-written was left", err=True)
             ctx.exit(130)
+        except _Stopped as stop:
+            name = signal.Signals(stop.number).name
+            _say(f"stopped by {name}; nothing half-written was left")
+            ctx.exit(128 + stop.number)
 
 
 def _say(message: str) -> None:

@@ -27,6 +27,7 @@ COMMANDS = (
     "parity",
     "bisect",
     "inspect",
+    "cache",
     "bundle",
     "doctor",
 )
@@ -36,6 +37,7 @@ HELPS = [
     ["--version"],
     *([name, "--help"] for name in COMMANDS),
     ["bundle", "verify", "--help"],
+    ["cache", "prune", "--help"],
 ]
 HEAVY = {
     "PIL",
