@@ -188,7 +188,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _setting(text: str, into: type) -> tuple[str, Any]:
-    """``KEY=VALUE`` as the key and the value, which fits the field of that name."""
+    """``KEY=VALUE`` as a TOML parser gives it; it fits the field of that name."""
     key, equals, value = text.partition("=")
     key, value = key.strip(), value.strip()
     where = f"the setting {text!r:.60}"
@@ -199,13 +199,15 @@ def _setting(text: str, into: type) -> tuple[str, Any]:
         raise RecipeError(
             f"{where} has an unknown key", fix=f"known keys are {', '.join(hints)}"
         )
+    found = _toml_value(value, where)
     try:
-        return key, _value_from(hints[key], _toml_value(value, where), where)
+        _value_from(hints[key], found, where)
     except RecipeError as error:
         if error.fix or hints[key] != tuple[str, ...]:
             raise
         fix = f"""quote words in a list, and all for the shell: '{key}=["word"]'"""
         raise RecipeError(error.what, why=error.why, fix=fix) from error
+    return key, found
 
 
 def _toml_value(text: str, where: str) -> Any:

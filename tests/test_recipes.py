@@ -333,10 +333,10 @@ class TestSettings:
     @pytest.mark.usefixtures("shelf")
     def test_the_setting_at_fault_is_named(self, setting: str, message: str) -> None:
         with pytest.raises(RecipeError) as caught:
-            self.load("flag=true", setting)
+            self.load("name=right", setting)
         assert message in caught.value.what
         assert f"the setting {setting[:50]!r:.50}" in caught.value.what
-        assert "flag=true'" not in caught.value.what
+        assert "right" not in caught.value.what
         assert len(str(caught.value)) < 500
 
     @pytest.mark.usefixtures("shelf")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,9 @@ def test_words_are_quoted_for_a_shell() -> None:
     graph = Path("my bundle; rm -rf ~/$(x)/it's.onnx")
     found = trtexec_command(PLAIN, graph, Path("b.plan"), INPUTS)
     text = str(found)
-    assert tuple(shlex.split(text)) == found.words
+    script = f"set -- {text}; printf '%s\\0' \"$@\""
+    shown = subprocess.run(["sh", "-c", script], capture_output=True, check=True)
+    assert tuple(shown.stdout.decode().split("\0")[:-1]) == found.words
     assert text.splitlines()[0] == "trtexec \\"
 
 

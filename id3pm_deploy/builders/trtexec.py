@@ -11,8 +11,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..backends.base import StepShapes
-from ..errors import InputError
+from ..backends.base import StepShapes, step_shapes
+from ..bundle import BASE, is_bundle, open_bundle
+from ..errors import BuildError, InputError
 from ..solvers import STATE_SLOTS
 from .recipe import CURRENT_GPU, EngineRecipe
 
@@ -84,6 +85,42 @@ def trtexec_command(
         *_shapes(recipe, inputs),
     )
     return Command(words, tuple(notes))
+
+
+def bundle_commands(source: Path, recipe: EngineRecipe, target: str) -> list[Command]:
+    """The command for each stage of a BUNDLE; of its files only the manifest is read.
+
+    Args:
+        source: BUNDLE folder.
+        recipe: Of the ``tensorrt`` backend.
+        target: What the plan is called, in the current folder.
+
+    Raises:
+        InputError: ``source`` is no bundle, or the recipe makes no plan.
+        BuildError: The bundle lacks the graph.
+        BundleError: It is damaged.
+    """
+    if not is_bundle(source):
+        raise InputError(
+            f"{source} is no BUNDLE, whose graph the command would name",
+            fix=f"id3pm-deploy export CHECKPOINT --recipe {recipe.export} --out BUNDLE",
+        )
+    bundle = open_bundle(source)
+    commands = []
+    for stage, model in bundle.manifest.stages.items():
+        graph = bundle.graph("step", recipe.precision, stage)
+        if graph is None:
+            of = "" if stage == BASE else f" of its stage {stage}"
+            raise BuildError(
+                f"{source} holds no step graph in {recipe.precision}{of}",
+                fix=f"id3pm-deploy export CHECKPOINT --recipe {recipe.export} "
+                f"--out {source}",
+            )
+        inputs = step_dimensions(step_shapes(model.diffusion), graph.step_width)
+        name = f"{target}.plan" if stage == BASE else f"{stage}-{target}.plan"
+        path = bundle.folder / graph.file
+        commands.append(trtexec_command(recipe, path, Path(name), inputs))
+    return commands
 
 
 def _options(recipe: EngineRecipe) -> tuple[list[str], list[str]]:
