@@ -41,7 +41,7 @@ from id3pm_deploy.doctor.packages import Packages
 from id3pm_deploy.doctor.probe import Outcome
 from id3pm_deploy.doctor.text import lines
 from id3pm_deploy.errors import EngineError, RecipeError
-from id3pm_deploy.recipes import recipe_names
+from id3pm_deploy.recipes import load_recipe, recipe_names
 
 Found = dict[str, Any]
 
@@ -279,6 +279,65 @@ def test_tensorrt_is_there_with_its_gpu(tmp_path: Path) -> None:
     )
     assert found["asked"][0]["ok"]
     assert exit_status(found) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        ("h100", "9.0"),
+        ("a100", "8.0"),
+        ("l4", "8.9"),
+        ("orin-agx", "8.7"),
+        ("orin-nano", "8.7"),
+        ("thor", "11.0"),
+    ],
+)
+def test_recipes_of_plain_tensorrt_name_the_gpu_they_need(
+    tmp_path: Path, name: str, capability: str
+) -> None:
+    outcomes: dict[str, Any] = {
+        "core": WORKING,
+        "tensorrt": Outcome(facts={"version": "10.13.3"}),
+    }
+    gpu = f"an NVIDIA GPU of compute capability {capability}"
+    found = engine(look(tmp_path, CPU, **outcomes), name)
+    assert found["build"]["missing"] == [f"{gpu}: it builds for the one that is there"]
+    assert found["build"]["fix"] == "build it on the machine that will run it"
+    assert gpu in found["run"]["missing"]
+    found = engine(look(tmp_path / "b", CPU, **outcomes, cuda=cuda("12.0")), name)
+    (missing,) = found["build"]["missing"]
+    assert missing.startswith(f"{gpu}; here: 12.0: ")
+    assert found["build"]["fix"].endswith("use the recipe of this GPU")
+    assert f"{gpu}; here: 12.0" in found["run"]["missing"]
+    right = cuda("12.0", capability)
+    found = engine(look(tmp_path / "c", CPU, **outcomes, cuda=right), name)
+    assert found["build"]["ok"]
+    assert found["run"]["missing"] == ["a release that runs TensorRT plans"]
+
+
+def test_turing_has_a_recipe_of_its_own(tmp_path: Path) -> None:
+    outcomes: dict[str, Any] = {"core": WORKING, "tensorrt_rtx": RTX_OUTCOME}
+    found = look(tmp_path, RTX, cuda=cuda("7.5"), **outcomes)
+    turing = engine(found, "rtx-turing")
+    assert turing["build"]["ok"]
+    assert turing["run"]["missing"] == ["a release that runs TensorRT plans"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"), [("8.0", True), ("12.0", True), ("7.5", False)]
+)
+def test_a_compatible_plan_runs_on_later_gpus(
+    tmp_path: Path, capability: str, runs: bool
+) -> None:
+    """Here the recipe's own GPU is another one."""
+    wider = 'hardware_compatibility = "ampere_plus"\ncompute_capabilities = ["8.6"]'
+    here = host(tmp_path)
+    gpus = ({"compute_capability": capability},)
+    outcomes = {"tensorrt": Outcome(facts={"version": "10.13"}), "core": WORKING}
+    facts = verdicts.Facts(here, Packages(here, tmp_path), outcomes, gpus)
+    recipe = load_recipe("engines", _recipe(tmp_path, wider), EngineRecipe)
+    missing = [lack.what for lack in verdicts.run_verdict(recipe, facts).lacks]
+    assert any("GPU" in what for what in missing) != runs
 
 
 def test_a_plan_for_the_gpu_that_is_there_needs_one(tmp_path: Path) -> None:

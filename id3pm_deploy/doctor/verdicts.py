@@ -179,16 +179,8 @@ def build_verdict(recipe: EngineRecipe, facts: Facts) -> Verdict:
                 "build it on an x86-64 machine",
             )
         )
-    needs_gpu = (
-        recipe.flavour == "tensorrt" or CURRENT_GPU in recipe.compute_capabilities
-    )
-    if needs_gpu and not facts.gpus:
-        lacks.append(
-            Lack(
-                "an NVIDIA GPU: it builds for the one that is there",
-                "build it on the machine that will run it",
-            )
-        )
+    if recipe.flavour == "tensorrt" or CURRENT_GPU in recipe.compute_capabilities:
+        lacks += _builder_lacks(recipe, facts)
     lacks += _tensorrt_lacks(recipe, facts)
     return Verdict(tuple(lacks))
 
@@ -215,20 +207,55 @@ def run_verdict(recipe: EngineRecipe, facts: Facts) -> Verdict:
     return Verdict(tuple(lacks))
 
 
-def _gpu_lacks(recipe: EngineRecipe, facts: Facts) -> list[Lack]:
-    wanted: tuple[str, ...] = ()
-    if recipe.flavour == "tensorrt_rtx":
-        named = recipe.compute_capabilities
-        wanted = RTX_CAPABILITIES if named in ((), (CURRENT_GPU,)) else named
-    here = [str(gpu["compute_capability"]) for gpu in facts.gpus]
+def _builder_lacks(recipe: EngineRecipe, facts: Facts) -> list[Lack]:
+    """What keeps a plan from being built for the GPU that is there."""
+    wanted = _named_gpus(recipe)
+    here = _gpus_here(facts)
     if here and (not wanted or set(here) & set(wanted)):
         return []
-    of = f" of compute capability {_listed(wanted)}" if wanted else ""
-    but = f"; here: {_listed(tuple(dict.fromkeys(here)))}" if here else ""
+    fix = "build it on the machine that will run it"
+    if here:
+        fix += ", or use the recipe of this GPU"
+    return [Lack(f"{_gpu_of(wanted, here)}: it builds for the one that is there", fix)]
+
+
+def _gpu_lacks(recipe: EngineRecipe, facts: Facts) -> list[Lack]:
+    """What keeps a plan from running here, as far as the GPU goes."""
+    wanted = _named_gpus(recipe)
+    here = _gpus_here(facts)
+    if recipe.hardware_compatibility == "ampere_plus":
+        if any(_generation(one) >= 8 for one in here):
+            return []
+    elif here and (not wanted or set(here) & set(wanted)):
+        return []
     fix = "run it on a machine with such a GPU"
-    if here and set(here) & set(RTX_CAPABILITIES):
+    if recipe.flavour == "tensorrt_rtx" and set(here) & set(RTX_CAPABILITIES):
         fix = "name this GPU in the recipe's compute_capabilities and build again"
-    return [Lack(f"an NVIDIA GPU{of}{but}", fix)]
+    return [Lack(_gpu_of(wanted, here), fix)]
+
+
+def _named_gpus(recipe: EngineRecipe) -> tuple[str, ...]:
+    """Compute capabilities that a plan of the recipe is for; empty for any."""
+    named = recipe.compute_capabilities
+    if named not in ((), (CURRENT_GPU,)):
+        return named
+    return RTX_CAPABILITIES if recipe.flavour == "tensorrt_rtx" else ()
+
+
+def _gpus_here(facts: Facts) -> tuple[str, ...]:
+    found = [str(gpu["compute_capability"]) for gpu in facts.gpus]
+    return tuple(dict.fromkeys(found))
+
+
+def _generation(capability: str) -> int:
+    first = capability.partition(".")[0]
+    return int(first) if first.isdigit() else 0
+
+
+def _gpu_of(wanted: tuple[str, ...], here: tuple[str, ...]) -> str:
+    of = f" of compute capability {_listed(wanted)}" if wanted else ""
+    but = f"; here: {_listed(here)}" if here else ""
+    return f"an NVIDIA GPU{of}{but}"
 
 
 def _listed(words: tuple[str, ...]) -> str:
