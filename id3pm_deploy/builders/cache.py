@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import BuildError, Id3pmError
+from ..errors import BuildError, Id3pmError, OutputError
 from ..files import (
     hold,
     json_text,
@@ -150,11 +150,13 @@ class PlanCache:
         """
         if _KEY.fullmatch(key) is None:
             raise ValueError(f"{key!r} is no key")
-        if (taken := self._taken(key, file, check)) is not None:
+        if (taken := self._taken(key, file, check, alone=False)) is not None:
             return taken, True
         with self._locked(key) as usable:
-            if usable and (taken := self._taken(key, file, check)) is not None:
-                return taken, True
+            if usable:
+                taken = self._taken(key, file, check, alone=True)
+                if taken is not None:
+                    return taken, True
             facts = build()
             if usable:
                 self._keep(key, file, facts)
@@ -180,32 +182,36 @@ class PlanCache:
             OSError: The folder is not to be believed, or cannot be changed.
         """
         self._sweep()
+        found = self.entries()
+        damaged = [one for one in found if one.plan is None]
+        sound = [one for one in found if one.plan is not None]
         limit = self.limit_bytes if max_bytes is None else max_bytes
-        plans, size, kept = 0, 0, 0
-        for one in self.entries():
-            if one.plan is not None and kept + one.size <= limit:
-                kept += one.size
-                continue
-            if self._remove(one.key):
-                plans, size = plans + 1, size + one.size
-        return Pruned(plans, size)
+        gone = [o for o in [*damaged, *_past(sound, limit)] if self._remove(o.key)]
+        return Pruned(len(gone), sum(one.size for one in gone))
 
     # taking
 
-    def _taken(self, key: str, file: Path, check: Check) -> Facts | None:
-        """Copy a kept plan to ``file``; None if there is none that is right."""
+    def _taken(
+        self, key: str, file: Path, check: Check, *, alone: bool
+    ) -> Facts | None:
+        """Copy a kept plan to ``file``; None if there is none that is right.
+
+        ``alone``, with the key's lock, a wrong one is removed.
+        """
         if self.folder is None or not os.path.lexists(self.folder / key):
             return None
         try:
             if reason := why_not_ours(self.folder):
                 self._note_unusable(reason)
                 return None
-            return self._copied(key, file, check)
-        except FileNotFoundError:
-            return None  # removed meanwhile
+            facts = self._copied(key, file, check)
         except (OSError, BuildError) as error:
-            self._discard(key, _reason(error))
+            if alone and os.path.lexists(self.folder / key):
+                self._discard(key, _reason(error))
             return None
+        with contextlib.suppress(OSError):
+            self._sweep()
+        return facts
 
     def _copied(self, key: str, file: Path, check: Check) -> Facts:
         """Raises OSError or BuildError for an entry that is not to be used."""
@@ -249,7 +255,6 @@ class PlanCache:
     # keeping
 
     def _keep(self, key: str, file: Path, facts: Facts) -> None:
-        folder = self._place()
         try:
             size = os.stat(file).st_size
             if size > self.limit_bytes:
@@ -258,14 +263,27 @@ class PlanCache:
                     f"({self.limit_bytes / 1e6:.0f} MB) and was not kept there"
                 )
                 return
-            with temporary_folder(folder / key) as staging:
-                self._stage(staging, key, file, facts)
-                self._remove(key)
-                os.rename(staging, folder / key)
+            try:
+                self._put(key, file, facts)
+            except OutputError as error:
+                # Another process may take a folder for a dead one's, when it was made
+                # and not yet held.
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+                self._put(key, file, facts)
             self._sweep()
-            self._evict(key)
+            newest_first = sorted(self.entries(), key=lambda one: one.key != key)
+            for one in _past(newest_first, self.limit_bytes):
+                self._remove(one.key)
         except (OSError, Id3pmError) as error:
             self._note_unusable(_reason(error), "the plan was not kept in")
+
+    def _put(self, key: str, file: Path, facts: Facts) -> None:
+        place = self._place() / key
+        with temporary_folder(place) as staging:
+            self._stage(staging, key, file, facts)
+            self._remove(key)
+            os.rename(staging, place)
 
     def _stage(self, staging: Path, key: str, file: Path, facts: Facts) -> None:
         with open(file, "rb") as handle:
@@ -278,15 +296,6 @@ class PlanCache:
         head = {"format": ENTRY.name, "format_version": ENTRY.version}
         text = json_text({**head, **dataclasses.asdict(entry)})
         write_new(staging / _ENTRY_NAME, text.encode(), mode=0o600)
-
-    def _evict(self, newest: str) -> None:
-        """Remove the least recently used plans past the limit, ``newest`` the last."""
-        found = sorted(self.entries(), key=lambda one: one.key != newest)
-        kept = 0
-        for one in found:
-            kept += one.size
-            if kept > self.limit_bytes and one.key != newest:
-                self._remove(one.key)
 
     # files
 
@@ -375,6 +384,16 @@ class PlanCache:
             f"{what} the plan cache {self.folder or ''}: {reason}. Repair that folder, "
             "set XDG_CACHE_HOME to another place, or give --no-cache"
         )
+
+
+def _past(entries: list[Listed], limit: int) -> list[Listed]:
+    """Those behind the first ones that fit into ``limit`` bytes together."""
+    total = 0
+    for index, one in enumerate(entries):
+        total += one.size
+        if total > limit:
+            return entries[index:]
+    return []
 
 
 def _reason(error: OSError | Id3pmError) -> str:

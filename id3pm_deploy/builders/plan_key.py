@@ -16,7 +16,8 @@ from .recipe import CURRENT_GPU, EngineRecipe
 
 KEY_FORMAT = "id3pm-plan-key"
 KEY_VERSION = 1
-"""Raise it when a release tells the builder something else for the same recipe."""
+"""Raise it when a release tells the builder something else for the same recipe, which
+another default of a key does as well."""
 
 NOT_BUILT_IN = ("summary", "export", "threads", "max_opset", "operators_refused")
 """Keys of a recipe that never reach TensorRT. Any other is part of a plan's key, also
@@ -102,16 +103,22 @@ def plan_key(graph: Path, recipe: EngineRecipe, builder: Builder) -> str:
         "format": KEY_FORMAT,
         "format_version": KEY_VERSION,
         "graph": _graph_hashes(graph),
-        "recipe": {
-            name: value
-            for name, value in dataclasses.asdict(recipe).items()
-            if name not in NOT_BUILT_IN
-        },
+        "recipe": _recipe_in_key(recipe),
         "version": builder.version,
         "gpu": _gpu_in_key(recipe, builder.gpu),
     }
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _recipe_in_key(recipe: EngineRecipe) -> dict[str, Any]:
+    """Without what has its default, so that a new key leaves older plans' keys."""
+    return {
+        field.name: getattr(recipe, field.name)
+        for field in dataclasses.fields(recipe)
+        if field.name not in NOT_BUILT_IN
+        and getattr(recipe, field.name) != field.default
+    }
 
 
 def _gpu_in_key(recipe: EngineRecipe, gpu: GpuFacts | None) -> dict[str, Any] | None:

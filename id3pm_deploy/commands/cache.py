@@ -42,8 +42,12 @@ def list_(as_json: bool) -> None:
         return
     for entry in entries:
         click.echo(printable(_line(entry)))
-    size = sum(entry.size for entry in entries) / 1e6
-    click.echo(f"{len(entries)} plans, {size:.1f} MB, in {cache.folder}")
+    size = sum(entry.size for entry in entries)
+    click.echo(printable(f"{_amount(len(entries), size)}, in {cache.folder}"))
+
+
+def _amount(plans: int, size: int) -> str:
+    return f"{plans} plan{'' if plans == 1 else 's'}, {size / 1e6:.1f} MB"
 
 
 def _line(entry: Any) -> str:
@@ -81,4 +85,4 @@ def prune(max_size: int | None, everything: bool) -> None:
     if everything and max_size is not None:
         raise InputError("give one of --max-size and --all")
     removed = PlanCache.default().prune(0 if everything else max_size)
-    click.echo(f"removed {removed.plans} plans, {removed.size / 1e6:.1f} MB")
+    click.echo(f"removed {_amount(removed.plans, removed.size)}")
