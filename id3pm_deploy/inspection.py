@@ -14,6 +14,8 @@ from typing import Any
 from .bundle import Bundle, EngineEntry, is_bundle, open_bundle
 from .errors import InputError
 
+_RUNS_HERE = "runs here, in a release that has a runtime for plans: this one has none"
+
 
 def inspect_path(path: Path) -> dict[str, Any]:
     """Facts about what lies at ``path``; ``kind`` says what it is.
@@ -43,15 +45,42 @@ def _bundle_facts(path: Path) -> dict[str, Any]:
     from .bundle.verification import verify_path
 
     found = verify_path(path).to_json()
-    manifest = open_bundle(path).manifest
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
     return {
         "kind": "bundle",
         "stages": list(manifest.stages),
         "files_verified": True,
         "signature": found["signature"],
-        "plans": found["plans"],
+        "plans": _plan_facts(bundle, found["plans"]),
         **manifest.to_json(),
     }
+
+
+def _plan_facts(bundle: Bundle, trust: dict[str, Any]) -> dict[str, Any]:
+    """Of each plan, by its engine's label: whether it runs here, and why not."""
+    from .preflight import built_for, found_here, here, plan_problem
+
+    plans = bundle.manifest.plans
+    machine = here(entry.flavour for entry in plans) if plans else None
+    facts = {}
+    for entry in plans:
+        assert machine is not None
+        problem = plan_problem(entry, machine, bundle.folder)
+        said, stale, fix = _RUNS_HERE, False, ""
+        if problem is not None:
+            said = f"does not run here: {problem.reason}"
+            stale, fix = problem.stale, problem.fix
+        facts[entry.label] = {
+            "here": said,
+            "runs_here": problem is None,
+            "stale": stale,
+            "built_for": built_for(entry),
+            "found": found_here(entry, machine),
+            "fix": fix,
+            **trust.get(entry.label, {}),
+        }
+    return facts
 
 
 def _checkpoint_facts(path: Path) -> dict[str, Any]:

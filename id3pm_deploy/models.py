@@ -6,6 +6,7 @@ Only the tier that is needed is imported: a bundle on a device loads no torch.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
@@ -107,6 +108,35 @@ def open_second_stage(model: Model, path: Path | None) -> Model | None:
     return second
 
 
+def with_fresh_plans(
+    model: Model, backend: str, precision: str | None, say: Callable[[str], None]
+) -> Model:
+    """``model``, opened again if a stale plan of it had to be built again.
+
+    Args:
+        model: An opened model.
+        backend: What will run it; only ``tensorrt`` uses plans.
+        precision: Of which plans; None takes any.
+        say: Called with what is done, a line at a time.
+
+    Raises:
+        EngineError: A plan is stale and cannot be built here.
+        Id3pmError: The build fails.
+    """
+    from .preflight import rebuild_if_stale
+
+    if backend != "tensorrt":
+        say(f"--rebuild-if-stale: the backend {backend} uses no plan")
+        return model
+    if model.bundle is None:
+        return model
+    if not rebuild_if_stale(model.path, model.stage, precision, say=say):
+        return model
+    again = open_model(model.path)
+    second = again.second_stage
+    return again if second is None or model.stage == BASE else second
+
+
 def open_engine(
     model: Model,
     backend: str = "auto",
@@ -120,8 +150,8 @@ def open_engine(
 
     Args:
         model: An opened model.
-        backend: ``onnxruntime`` (a bundle), ``torch`` (a checkpoint), or ``auto`` for
-            the one that fits.
+        backend: ``onnxruntime`` or ``tensorrt`` (a bundle), ``torch`` (a checkpoint),
+            or ``auto`` for the one that fits, which in this release is no plan.
         precision: ``float32``, ``float16`` or ``bfloat16``; None takes the bundle's
             engine's, or float32.
         threads: CPU threads; 0 leaves the recipe's or the runtime's choice.
@@ -129,7 +159,9 @@ def open_engine(
         trust: The user answers for a plan that was neither built here nor signed.
 
     Raises:
-        EngineError: The model cannot run on that backend.
+        EngineError: The model cannot run on that backend; of a plan, the error says
+            what it was built for, what was found, and what puts it right.
+        BundleError: A file is not the one that the manifest describes.
         TrustError: Nobody answers for its plan.
     """
     if not 0 <= threads <= 1024:
@@ -146,19 +178,23 @@ def open_engine(
     if backend == "onnxruntime":
         return _onnxruntime_engine(model, precision, threads)
     if backend == "tensorrt":
-        return _tensorrt_engine(model, trust)
+        return _tensorrt_engine(model, precision, trust)
     raise InputError(
         f"there is no backend {backend!r}", fix=f"use one of {', '.join(BACKENDS)}"
     )
 
 
-def _tensorrt_engine(model: Model, trust: bool) -> Engine:
-    from .bundle.trust import check_plan_trusted
+def _tensorrt_engine(model: Model, precision: str | None, trust: bool) -> Engine:
+    from .bundle.trust import check_plan_trusted, plan_trust
+    from .preflight import runnable_plans
 
-    if model.bundle is not None:
-        plans = model.bundle.manifest.plans
-        for entry in (plan for plan in plans if plan.stage == model.stage):
-            check_plan_trusted(model.bundle, entry, trust=trust)
+    bundle = model.bundle
+    if bundle is not None:
+        fitting = runnable_plans(bundle, model.stage, precision)
+        trusted = [e for e in fitting if trust or plan_trust(bundle, e).trusted]
+        for entry in (trusted or fitting)[:1]:
+            check_plan_trusted(bundle, entry, trust=trust)
+            bundle.path_of(entry.file)
     raise EngineError(
         "this release builds TensorRT plans but has no runtime for them yet",
         fix="use --backend onnxruntime",

@@ -14,6 +14,7 @@ from bundles import GOLDEN, SEED, new_engine, new_writer, plan_builder, with_pla
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+from fakes import pretend_here
 
 from id3pm_deploy import __version__
 from id3pm_deploy.builders import tensorrt as tensorrt_module
@@ -43,6 +44,7 @@ from id3pm_deploy.errors import (
 )
 from id3pm_deploy.inspection import self_tests
 from id3pm_deploy.models import open_engine, open_model
+from id3pm_deploy.preflight import Gpu, Here
 
 PEM = serialization.Encoding.PEM
 PKCS8 = serialization.PrivateFormat.PKCS8
@@ -350,8 +352,10 @@ def test_a_damaged_bundle_is_not_signed(planned: Path, key: Path) -> None:
 
 
 def test_a_plan_needs_the_ledger_a_trusted_signature_or_the_user(
-    planned: Path, tmp_path: Path
+    planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gpu = Gpu("NVIDIA Test", "8.6", 16)
+    pretend_here(monkeypatch, Here((gpu,), "13.0", versions={"tensorrt_rtx": "1"}))
     bundle, entry = open_bundle(planned), plan_of(planned)
     with pytest.raises(TrustError, match="the engine 'rtx'") as caught:
         check_plan_trusted(bundle, entry)

@@ -58,6 +58,17 @@ trust_option = click.option(
     "by a trusted key.",
 )
 
+rebuild_option = click.option(
+    "--rebuild-if-stale",
+    is_flag=True,
+    help="Build a plan again that is of another version or for another GPU.",
+)
+
+
+def say(text: str) -> None:
+    """A line for the user, beside what the command prints."""
+    click.echo(printable(text), err=True)
+
 
 def printable(text: str) -> str:
     """``text`` from a file without what could steer a terminal."""

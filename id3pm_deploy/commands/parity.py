@@ -16,8 +16,10 @@ from .options import (
     given,
     option,
     own_guidance,
+    rebuild_option,
     sample_settings,
     sampling_options,
+    say,
     trust_option,
 )
 
@@ -61,6 +63,7 @@ _MEANINGLESS = {
 @option("--against-device", default="cpu", help="Device of the torch backend.")
 @option("--threads", default=0, help="CPU threads; 0 leaves the runtime's choice.")
 @trust_option
+@rebuild_option
 @option("--tolerance-step", type=float, help="Tighter than the graph's.")
 @option("--tolerance-trajectory", type=float, help="Tighter than the graph's.")
 @click.option("--judge", metavar="SPEC", help="FR model that scores the identity.")
@@ -141,11 +144,17 @@ def _sides(
     common = {"threads": values["threads"], "trust": values["trust"]}
     common["stage"] = values["stage"].replace("-", "_")
     names = ("backend", "precision", "device")
-    first = SideRequest(model, **{n: values[n] for n in names}, **common)
-    if against is None:
-        return first, None
-    chosen = {n: values[f"against_{n}"] for n in names}
-    return first, SideRequest(against, **chosen, **common)
+    sides = [SideRequest(model, **{n: values[n] for n in names}, **common)]
+    if against is not None:
+        chosen = {n: values[f"against_{n}"] for n in names}
+        sides.append(SideRequest(against, **chosen, **common))
+    if values["rebuild_if_stale"]:
+        from ..models import with_fresh_plans
+
+        with_plans = [side for side in sides if side.backend == "tensorrt"]
+        for side in with_plans or sides[:1]:
+            with_fresh_plans(side.open_model(), side.backend, side.precision, say)
+    return sides[0], sides[1] if against is not None else None
 
 
 def _record(

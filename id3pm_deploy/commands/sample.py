@@ -27,8 +27,10 @@ from .options import (
     given,
     option,
     own_guidance,
+    rebuild_option,
     sample_settings,
     sampling_options,
+    say,
     trust_option,
 )
 
@@ -84,6 +86,7 @@ _SECOND = ("sr_solver", "sr_steps", "sr_guidance", "sr_batch_size")
 @option("--threads", default=0, help="CPU threads; 0 leaves the runtime's choice.")
 @option("--device", default="cpu", help="Device of the torch backend.")
 @trust_option
+@rebuild_option
 @click.option("--force", is_flag=True, help="Replace an earlier run in OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run record.")
 @click.pass_context
@@ -124,8 +127,9 @@ def command(
     wanted = conditions(opened.spec, file, 1 if pictures else count)
     if pictures is not None:
         wanted = _one_each(wanted, len(pictures.low_res))
-    second = _second_stage(ctx, opened, values, settings, file)
     check_output(out, force=force)
+    opened = _fresh(opened, values)
+    second = _second_stage(ctx, opened, values, settings, file)
     engine = open_engine(opened, values["backend"], **engine_options)
     made, record = sample_to_folder(
         out,
@@ -148,6 +152,15 @@ def command(
     click.echo(
         f"{len(made.marks)} pictures in {out} ({', '.join(ran)}, {seconds:.2f} s)"
     )
+
+
+def _fresh(model: Model, values: dict[str, Any]) -> Model:
+    """The model, with a plan that was built again if one was stale and it is wanted."""
+    from ..models import with_fresh_plans
+
+    if not values["rebuild_if_stale"]:
+        return model
+    return with_fresh_plans(model, values["backend"], values["precision"], say)
 
 
 def _check_whose(model: Model, identity: Path | None, unconditional: bool) -> None:
@@ -227,6 +240,8 @@ def _second_stage(
                 fix="give --super-resolution MODEL, or leave it out",
             )
         return None
+    if path is not None:
+        second = _fresh(second, values)
     names = ("precision", "threads", "device", "trust")
     engine_options = {name: values[name] for name in names}
     of_whom = file if second.spec.identity.dim else None

@@ -6,16 +6,20 @@ holds one against the other. Neither reads the plan, and neither imports TensorR
 this process.
 """
 
+from .choose import runnable_plans
 from .machine import Gpu, Here, here, library_version
 from .rebuild import rebuild_if_stale
-from .rules import PlanProblem, plan_problem
+from .rules import PlanProblem, built_for, found_here, plan_problem
 
 __all__ = [
     "Gpu",
     "Here",
     "PlanProblem",
+    "built_for",
+    "found_here",
     "here",
     "library_version",
     "plan_problem",
     "rebuild_if_stale",
+    "runnable_plans",
 ]

@@ -94,7 +94,7 @@ def here(
     *,
     host: Host | None = None,
     limit: float = LIMIT_SECONDS,
-    prober: Prober = run_probe,
+    prober: Prober | None = None,
 ) -> Here:
     """Look at this machine.
 
@@ -103,16 +103,16 @@ def here(
             is passed over.
         host: The machine; None is this one.
         limit: Seconds that each child process may take.
-        prober: Runs one probe.
+        prober: Runs one probe; None runs it in a child process.
     """
     host = host or Host()
-    packages = Packages(host)
-    gpu = gpu_facts(host, prober(CUDA, host, limit))
+    packages, ask = Packages(host), prober or run_probe
+    gpu = gpu_facts(host, ask(CUDA, host, limit))
     versions, lacks = {}, {}
     for flavour in dict.fromkeys(flavours):
         if flavour not in DISTRIBUTIONS:
             continue
-        found = _library(flavour, packages, limit, prober)
+        found = _library(flavour, packages, limit, ask)
         if isinstance(found, str):
             versions[flavour] = found
         else:
@@ -134,7 +134,7 @@ def library_version(
     *,
     host: Host | None = None,
     limit: float = LIMIT_SECONDS,
-    prober: Prober = run_probe,
+    prober: Prober | None = None,
 ) -> str:
     """Version of an installed TensorRT, which is not imported into this process.
 
@@ -142,12 +142,13 @@ def library_version(
         flavour: ``tensorrt`` or ``tensorrt_rtx``.
         host: The machine; None is this one.
         limit: Seconds that a child process may take.
-        prober: Runs one probe.
+        prober: Runs one probe; None runs it in a child process.
 
     Raises:
         MissingPackageError: It is not installed, or cannot be imported.
     """
-    found = _library(flavour, Packages(host or Host()), limit, prober)
+    packages = Packages(host or Host())
+    found = _library(flavour, packages, limit, prober or run_probe)
     if isinstance(found, Lack):
         raise MissingPackageError(
             f"{flavour} cannot be used here", why=found.what, fix=found.fix

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from ..builders.recipe import CURRENT_GPU, EngineRecipe
 from ..bundle import BASE, Bundle, EngineEntry, open_bundle
 from ..doctor.verdicts import build_verdict
 from ..errors import EngineError, RecipeError
-from ..files import write_text
-from .commands import entry_recipe, recipe_toml
+from .choose import stage_plans
+from .commands import entry_recipe
 from .machine import Here, here
 from .rules import PlanProblem, is_portable, plan_problem
 
@@ -30,17 +29,6 @@ class _Stale:
 
     entry: EngineEntry
     problem: PlanProblem
-
-
-def stage_plans(
-    bundle: Bundle, stage: str = BASE, precision: str | None = None
-) -> list[EngineEntry]:
-    """Engines of a stage that are plans; with ``precision``, those in it."""
-    return [
-        entry
-        for entry in bundle.manifest.plans
-        if entry.stage == stage and precision in (None, entry.precision)
-    ]
 
 
 def rebuild_if_stale(
@@ -154,17 +142,15 @@ def _refusal(stale: _Stale, why: str, fix: str) -> EngineError:
 
 
 def _build(bundle: Bundle, stale: _Stale, recipe: EngineRecipe, say: Say) -> None:
-    from ..builders.build import build_engine
+    from ..builders.build import rebuild_engine
+    from ..builders.cache import PlanCache
 
-    target = stale.entry.target
     say(
         f"the plan of the engine {stale.problem.engine!r:.80} is stale "
         f"({stale.problem.reason}; {stale.problem.why}): building it again"
     )
-    with tempfile.TemporaryDirectory(prefix="id3pm-recipe-") as folder:
-        file = Path(folder) / f"{target}.toml"
-        write_text(file, recipe_toml(recipe))
-        built = build_engine(bundle.folder, str(file), None)
+    cache = PlanCache.default()
+    built = rebuild_engine(bundle.folder, stale.entry.target, recipe, cache)
     for note in built.notes:
         say(f"warning: {note}")
     version = f"{built.entry.flavour} {built.entry.version}"

@@ -75,10 +75,15 @@ class _Case:
     def problem(
         self, kind: Kind, reason: str, fix: str = "", *, stale: bool = False
     ) -> PlanProblem:
-        fix = fix or rebuild_command(self.entry, self.bundle)
-        entry, here = self.entry, self.here
+        entry = self.entry
         return PlanProblem(
-            kind, entry.label, reason, built_for(entry), _found(entry, here), fix, stale
+            kind=kind,
+            engine=entry.label,
+            reason=reason,
+            built_for=built_for(entry),
+            found=found_here(entry, self.here),
+            fix=fix or rebuild_command(entry, self.bundle),
+            stale=stale,
         )
 
 
@@ -117,6 +122,15 @@ def built_for(entry: EngineEntry) -> str:
     return ", ".join(parts)
 
 
+def found_here(entry: EngineEntry, here: Here) -> str:
+    """Library, GPUs and CUDA of this machine, for people."""
+    version = here.versions.get(entry.flavour)
+    library = f"{entry.flavour:.40} {version}" if version else f"no {entry.flavour:.40}"
+    gpus = ", ".join(dict.fromkeys(map(str, here.gpus)))
+    cuda = f", CUDA {here.cuda}" if here.cuda else ""
+    return f"{library}, {gpus or 'no NVIDIA GPU'}{cuda}"
+
+
 def _built_for_gpu(entry: EngineEntry) -> str:
     if not is_portable(entry):
         if bound := _bound_to(entry):
@@ -143,14 +157,6 @@ def _bound_to(entry: EngineEntry) -> Gpu | None:
     if not name or not capability or not entry.multiprocessors:
         return None
     return Gpu(name, capability, entry.multiprocessors)
-
-
-def _found(entry: EngineEntry, here: Here) -> str:
-    version = here.versions.get(entry.flavour)
-    library = f"{entry.flavour:.40} {version}" if version else f"no {entry.flavour:.40}"
-    gpus = ", ".join(dict.fromkeys(map(str, here.gpus)))
-    cuda = f", CUDA {here.cuda}" if here.cuda else ""
-    return f"{library}, {gpus or 'no NVIDIA GPU'}{cuda}"
 
 
 def _library_problem(case: _Case) -> PlanProblem | None:

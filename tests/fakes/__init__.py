@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from id3pm_deploy.preflight import Here
+
 _HERE = Path(__file__).resolve().parent
 EARLY, LATE = "10.3.0", "11.4.0.106"
 """Versions that the fake TensorRT can be: with weakly typed networks, and without."""
@@ -80,3 +82,14 @@ def put_driver(
     command += ["-o", str(folder / "libcuda.so.1")]
     subprocess.run(command, check=True, timeout=60)
     return folder
+
+
+def pretend_here(monkeypatch: pytest.MonkeyPatch, machine: Here) -> None:
+    """Have the preflight find ``machine`` instead of this one, in this process."""
+
+    def found(*_: object, **__: object) -> Here:
+        return machine
+
+    for module in ("choose", "rebuild", "machine"):
+        monkeypatch.setattr(f"id3pm_deploy.preflight.{module}.here", found)
+    monkeypatch.setattr("id3pm_deploy.preflight.here", found)
