@@ -52,6 +52,13 @@ def _named_recipe(target: str) -> EngineRecipe:
     return load_recipe("engines", target, EngineRecipe)
 
 
+def recipe_toml(recipe: EngineRecipe) -> str:
+    """A recipe as a TOML file, from which the same recipe is read again."""
+    values = dataclasses.asdict(recipe)
+    lines = [f"{k} = {_toml(v)}" for k, v in values.items() if v is not None]
+    return "\n".join(lines) + "\n"
+
+
 def _toml(value: Any) -> str:
     """A value as TOML. JSON is TOML for all that a recipe holds, but for one control
     character that JSON leaves as it is."""

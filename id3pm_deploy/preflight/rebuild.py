@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from ..builders.recipe import CURRENT_GPU, EngineRecipe
 from ..bundle import BASE, Bundle, EngineEntry, open_bundle
 from ..doctor.verdicts import build_verdict
 from ..errors import EngineError, RecipeError
+from ..files import write_text
 from .choose import stage_plans
-from .commands import entry_recipe
+from .commands import entry_recipe, recipe_toml
 from .machine import Here, here
 from .rules import PlanProblem, is_portable, plan_problem
 
@@ -86,8 +88,8 @@ def rebuild_if_stale(
 
 def _problem_afterwards(entry: EngineEntry, machine: Here) -> PlanProblem | None:
     """What would still keep the plan from running if it had been built here."""
-    changes = {"version": machine.versions.get(entry.flavour, entry.version)}
-    anew = dataclasses.replace(entry, **changes)
+    version = machine.versions.get(entry.flavour, entry.version)
+    anew = dataclasses.replace(entry, version=version)
     if not is_portable(entry) and machine.gpus:
         gpu = machine.gpus[0]
         anew = dataclasses.replace(
@@ -142,16 +144,22 @@ def _refusal(stale: _Stale, why: str, fix: str) -> EngineError:
 
 
 def _build(bundle: Bundle, stale: _Stale, recipe: EngineRecipe, say: Say) -> None:
-    from ..builders.build import rebuild_engine
+    from ..builders.build import build_engine
     from ..builders.cache import PlanCache
 
     say(
         f"the plan of the engine {stale.problem.engine!r:.80} is stale "
         f"({stale.problem.reason}; {stale.problem.why}): building it again"
     )
-    cache = PlanCache.default()
-    built = rebuild_engine(bundle.folder, stale.entry.target, recipe, cache)
+    with tempfile.TemporaryDirectory(prefix="id3pm-recipe-") as folder:
+        file = Path(folder) / f"{stale.entry.target}.toml"
+        write_text(file, recipe_toml(recipe))
+        cache = PlanCache.default()
+        built = build_engine(bundle.folder, str(file), None, cache=cache)
     for note in built.notes:
         say(f"warning: {note}")
-    version = f"{built.entry.flavour} {built.entry.version}"
-    say(f"built {built.entry.file} with {version} in {built.entry.build_seconds:.1f} s")
+    entry = built.entry
+    how = f"built in {entry.build_seconds:.1f} s"
+    if built.from_cache:
+        how = "taken from the cache of plans"
+    say(f"{entry.file}: {how} ({entry.flavour} {entry.version})")

@@ -10,7 +10,7 @@ EARLY = VERSION.startswith("10.")
 
 
 def enumeration(name: str, *members: str) -> Any:
-    return enum.IntEnum(name, {member: i for i, member in enumerate(members)})  # type: ignore[misc]
+    return enum.IntEnum(name, {member: i for i, member in enumerate(members)})
 
 
 DataType = enumeration(

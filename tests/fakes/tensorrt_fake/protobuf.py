@@ -7,7 +7,8 @@ from typing import Any
 
 def fields(data: memoryview) -> list[tuple[int, Any]]:
     """Field numbers and values (numbers, or bytes as views) of a protocol buffer."""
-    found, at = [], 0
+    found: list[tuple[int, Any]] = []
+    at = 0
 
     def varint() -> int:
         nonlocal at
