@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,23 @@ def graph_bytes(**options: Any) -> bytes:
     return data
 
 
+Build = Callable[..., BuiltPlan]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    """Build a graph's bytes, or what lies at a path, into ``tmp_path / "plan"``."""
+
+    def plan(source: bytes | Path, recipe: EngineRecipe) -> BuiltPlan:
+        path = tmp_path / "graph.onnx"
+        if isinstance(source, bytes):
+            path.write_bytes(source)
+        graph = path if isinstance(source, bytes) else source
+        return build_plan(graph, recipe, None, tmp_path / "plan")
+
+    return plan
+
+
 class Ticks:
     """Stands in for the progress bar and keeps what it was told."""
 
@@ -127,21 +145,30 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Built:
+    """A plan, its file, and what the progress bar was told."""
+
+    plan: BuiltPlan
+    file: Path
+    ticks: Ticks
+
+
 @pytest.fixture(scope="module")
-def built(trt: Any) -> tuple[BuiltPlan, Ticks]:
-    """A plan with a static and a dynamic profile, and its progress."""
-    ticks = Ticks()
+def built(trt: Any, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A plan with a static and a dynamic profile."""
+    ticks, folder = Ticks(), tmp_path_factory.mktemp("built")
+    graph, file = folder / "graph.onnx", folder / "plan"
+    graph.write_bytes(graph_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "progress", ticks)
-        return build_plan(graph_bytes(), HALF), ticks
+        return Built(build_plan(graph, HALF, None, file), file, ticks)
 
 
-def test_a_plan_is_built_and_described(
-    built: tuple[BuiltPlan, Ticks], trt: Any
-) -> None:
-    plan, _ = built
-    assert plan.data[:4] == b"vtrt"
-    assert len(plan.data) > 10_000
+def test_a_plan_is_built_and_described(built: Built, trt: Any) -> None:
+    plan = built.plan
+    assert built.file.read_bytes()[:4] == b"vtrt"
+    assert built.file.stat().st_size > 10_000
     assert (plan.flavour, plan.version) == ("tensorrt_rtx", trt.__version__)
     assert plan.precision == "float16"
     assert plan.compute_capabilities == ("8.6", "12.0")
@@ -155,9 +182,9 @@ def test_a_plan_is_built_and_described(
 
 
 def test_layers_and_work_are_counted_in_the_parsed_network(
-    built: tuple[BuiltPlan, Ticks],
+    built: Built,
 ) -> None:
-    found = built[0].layer_types
+    found = built.plan.layer_types
     assert json.loads(json.dumps(found)) == found
     assert found["source"] == "parsed network"
     assert found["layers"]["CONVOLUTION"] == {"HALF": 1, "FLOAT": 1}
@@ -173,10 +200,8 @@ def test_layers_and_work_are_counted_in_the_parsed_network(
     assert share_of(found, "float16", "MATRIX_MULTIPLY") is None
 
 
-def test_progress_counts_the_profiles_and_names_the_phases(
-    built: tuple[BuiltPlan, Ticks],
-) -> None:
-    ticks = built[1]
+def test_progress_counts_the_profiles_and_names_the_phases(built: Built) -> None:
+    ticks = built.ticks
     assert ticks.totals == [2]
     assert ticks.done == 2
     assert len(set(ticks.notes)) > 3
@@ -184,7 +209,7 @@ def test_progress_counts_the_profiles_and_names_the_phases(
 
 
 def test_a_graph_with_its_weights_in_another_file(
-    trt: Any, tmp_path: Path, temporary: Path
+    trt: Any, tmp_path: Path, temporary: Path, build: Build
 ) -> None:
     onnx = pytest.importorskip("onnx")
     path = tmp_path / "step.onnx"
@@ -196,7 +221,7 @@ def test_a_graph_with_its_weights_in_another_file(
         size_threshold=0,
     )
     assert (tmp_path / "weights.bin").is_file()
-    plan = build_plan(path, dataclasses.replace(FULL, static_guided_samples=()))
+    plan = build(path, dataclasses.replace(FULL, static_guided_samples=()))
     assert plan.precision == "float32"
     assert plan.layer_types["layers"]["CONVOLUTION"] == {"FLOAT": 2}
     assert list(temporary.iterdir()) == []
@@ -207,28 +232,33 @@ def test_a_graph_with_its_weights_in_another_file(
     [(False, HALF, "float16"), (True, FULL, "float32")],
 )
 def test_a_graph_of_another_precision_is_refused(
-    trt: Any, half: bool, recipe: EngineRecipe, promised: str, temporary: Path
+    trt: Any,
+    half: bool,
+    recipe: EngineRecipe,
+    promised: str,
+    temporary: Path,
+    build: Build,
 ) -> None:
     with pytest.raises(BuildError) as caught:
-        build_plan(graph_bytes(half=half), recipe)
+        build(graph_bytes(half=half), recipe)
     assert f"promises {promised}" in caught.value.what
     assert "parsed network" in caught.value.why
     assert promised in caught.value.fix
     assert list(temporary.iterdir()) == []
 
 
-def test_every_node_the_parser_refuses_is_named(trt: Any) -> None:
+def test_every_node_the_parser_refuses_is_named(trt: Any, build: Build) -> None:
     with pytest.raises(BuildError) as caught:
-        build_plan(graph_bytes(operators=("Frobnicate", "Det")), HALF)
+        build(graph_bytes(operators=("Frobnicate", "Det")), HALF)
     assert "node_Frobnicate" in caught.value.what
     assert "node 'node_Frobnicate' (Frobnicate)" in caught.value.why
     assert "node 'node_Det' (Det)" in caught.value.why
 
 
 @pytest.mark.parametrize("data", [b"", b"no graph at all"])
-def test_what_is_no_graph_is_refused(trt: Any, data: bytes) -> None:
+def test_what_is_no_graph_is_refused(trt: Any, data: bytes, build: Build) -> None:
     with pytest.raises(BuildError, match="cannot parse"):
-        build_plan(data, HALF)
+        build(data, HALF)
 
 
 @pytest.mark.parametrize(
@@ -236,25 +266,27 @@ def test_what_is_no_graph_is_refused(trt: Any, data: bytes) -> None:
     [(("B", "N"), "neither B nor R"), ((1, 2), "sizes of the graph are fixed")],
 )
 def test_dimensions_must_be_the_step_graphs(
-    trt: Any, names: tuple[str | int, str | int], message: str
+    trt: Any, names: tuple[str | int, str | int], message: str, build: Build
 ) -> None:
     with pytest.raises(BuildError, match=message):
-        build_plan(graph_bytes(names=names), HALF)
+        build(graph_bytes(names=names), HALF)
 
 
-def test_an_unknown_capability_is_refused_with_those_there_are(trt: Any) -> None:
+def test_an_unknown_capability_is_refused_with_those_there_are(
+    trt: Any, build: Build
+) -> None:
     recipe = dataclasses.replace(HALF, compute_capabilities=("8.6", "9.9"))
     with pytest.raises(BuildError, match=r"compute capability 9\.9") as caught:
-        build_plan(graph_bytes(), recipe)
+        build(graph_bytes(), recipe)
     assert "8.9" in caught.value.fix
 
 
-def test_a_build_for_this_gpu_needs_one(trt: Any) -> None:
+def test_a_build_for_this_gpu_needs_one(trt: Any, build: Build) -> None:
     if Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU")
     recipe = dataclasses.replace(HALF, compute_capabilities=("current",))
     with pytest.raises(BuildError, match="could not build a plan") as caught:
-        build_plan(graph_bytes(), recipe)
+        build(graph_bytes(), recipe)
     assert "driver" in caught.value.why
     assert "compute_capabilities" in caught.value.fix
 
@@ -266,7 +298,7 @@ def test_networks_are_strongly_typed(trt: Any) -> None:
 
 def test_a_library_that_has_only_strongly_typed_networks_is_asked_for_no_flag() -> None:
     asked: list[int] = []
-    fake = SimpleNamespace(create_network=asked.append)
+    fake: Any = SimpleNamespace(create_network=asked.append)
     child.make_network(SimpleNamespace(), fake)
     kinds = SimpleNamespace(STRONGLY_TYPED=3)
     child.make_network(SimpleNamespace(NetworkDefinitionCreationFlag=kinds), fake)
@@ -278,21 +310,22 @@ def test_a_builder_that_cannot_be_made_is_an_error() -> None:
         raise TypeError("factory function returned nullptr")
 
     fake = SimpleNamespace(__name__="tensorrt", __version__="10.3", Builder=refuse)
+    logger: Any = None
     messages = Messages(SimpleNamespace(send=lambda *_, **__: None))  # type: ignore[arg-type]
     with pytest.raises(BuildError, match="cannot make a builder") as caught:
-        child.make_builder(fake, None, messages)
+        child.make_builder(fake, logger, messages)
     assert "nullptr" in caught.value.why
 
 
-def test_only_tensorrt_recipes_make_plans() -> None:
+def test_only_tensorrt_recipes_make_plans(build: Build) -> None:
     recipe = EngineRecipe("s", "onnxruntime", "cpu", "float32", "float32")
     with pytest.raises(RecipeError, match="makes no plan"):
-        build_plan(b"", recipe)
+        build(b"", recipe)
 
 
-def test_a_graph_that_is_not_there(tmp_path: Path) -> None:
+def test_a_graph_that_is_not_there(tmp_path: Path, build: Build) -> None:
     with pytest.raises(BuildError, match="there is no graph"):
-        build_plan(tmp_path / "no.onnx", HALF)
+        build(tmp_path / "no.onnx", HALF)
 
 
 # Below, a module called `tensorrt` stands in for the library, to end in a given way.
@@ -314,7 +347,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
 
 
 def test_the_same_code_builds_with_a_library_of_fewer_names(
-    trt: Any, library: Library
+    trt: Any, library: Library, tmp_path: Path, build: Build
 ) -> None:
     """What only TensorRT-RTX has is hidden, as is the progress monitor."""
     library(
@@ -323,15 +356,15 @@ def test_the_same_code_builds_with_a_library_of_fewer_names(
         "    if name not in ('ComputeCapability', 'IProgressMonitor', '__name__'):\n"
         "        globals()[name] = getattr(other, name)\n"
     )
-    plan = build_plan(graph_bytes(), dataclasses.replace(FAKE, dynamic_samples=()))
+    plan = build(graph_bytes(), dataclasses.replace(FAKE, dynamic_samples=()))
     assert (plan.flavour, plan.compute_capabilities) == ("tensorrt", ())
     assert len(plan.profiles) == 1
-    assert plan.data[:4] == b"vtrt"
+    assert (tmp_path / "plan").read_bytes()[:4] == b"vtrt"
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV"])
 def test_a_signal_that_ends_the_build_is_named(
-    library: Library, temporary: Path, name: str
+    library: Library, temporary: Path, name: str, build: Build
 ) -> None:
     library(
         "import os, signal, sys\n"
@@ -339,36 +372,40 @@ def test_a_signal_that_ends_the_build_is_named(
         f"os.kill(os.getpid(), signal.{name})\n"
     )
     with pytest.raises(BuildError, match=f"ended by {name}") as caught:
-        build_plan(b"a graph", FAKE)
+        build(b"a graph", FAKE)
     assert "last words" in caught.value.why
     assert ("memory" in caught.value.fix) == (name == "SIGKILL")
     assert list(temporary.iterdir()) == []
 
 
-def test_a_crash_in_python_is_an_error_with_its_last_words(library: Library) -> None:
+def test_a_crash_in_python_is_an_error_with_its_last_words(
+    library: Library, build: Build
+) -> None:
     library("print('chatter on standard output')\nraise RuntimeError('no good')\n")
     with pytest.raises(BuildError, match="ended with status 1") as caught:
-        build_plan(b"a graph", FAKE)
+        build(b"a graph", FAKE)
     assert "no good" in caught.value.why
     assert "chatter on standard output" in caught.value.why
 
 
-def test_a_missing_library_is_named_with_its_extra(library: Library) -> None:
+def test_a_missing_library_is_named_with_its_extra(
+    library: Library, build: Build
+) -> None:
     library("raise ImportError('not there')\n")
     with pytest.raises(MissingPackageError) as caught:
-        build_plan(b"a graph", FAKE)
+        build(b"a graph", FAKE)
     assert "id3pm-deploy[tensorrt]" in caught.value.fix
 
 
 STOPPED = """
-import sys
+import pathlib, sys
 from id3pm_deploy.builders.tensorrt import build_plan
 from id3pm_deploy.builders.recipe import EngineRecipe
 sys.path.insert(0, sys.argv[1])
 recipe = EngineRecipe(
     "s", "tensorrt", "tensorrt", "e", "float16", dynamic_samples=(1, 2, 3)
 )
-build_plan(b"a graph", recipe)
+build_plan(pathlib.Path(sys.argv[2]), recipe, None, pathlib.Path(sys.argv[3]))
 """
 
 
@@ -399,12 +436,18 @@ def test_a_stopped_build_leaves_no_process_and_no_file(
     pid = tmp_path / "pid"
     library(
         "import os, pathlib, time\n"
-        f"path = pathlib.Path({str(pid)!r})\n"
-        "path.with_suffix('.new').write_text(str(os.getpid()))\n"
-        "path.with_suffix('.new').rename(path)\n"
-        "time.sleep(60)\n"
+        "__version__ = '10.3'\n"
+        "class ILogger: ...\n"
+        "def Builder(logger):\n"
+        f"    path = pathlib.Path({str(pid)!r})\n"
+        "    path.with_suffix('.new').write_text(str(os.getpid()))\n"
+        "    path.with_suffix('.new').rename(path)\n"
+        "    time.sleep(60)\n"
     )
-    command = [sys.executable, "-c", STOPPED, str(tmp_path / "library")]
+    graph = tmp_path / "graph.onnx"
+    graph.write_bytes(b"a graph")
+    arguments = [str(tmp_path / "library"), str(graph), str(tmp_path / "plan")]
+    command = [sys.executable, "-c", STOPPED, *arguments]
     with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE) as parent:
         try:
             assert _wait_for(pid.exists)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import BuildError
 from .recipe import Profile
+
+if TYPE_CHECKING:
+    import tensorrt
 
 SOURCE = "parsed network"
 """Where the counts come from, as written beside them."""
@@ -30,16 +34,54 @@ among them, which is 0.15 % of a small model.
 InputShapes = dict[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class NodeWork:
+    """A convolution or a matrix product of the network.
+
+    Attributes:
+        name: The ONNX node's.
+        kind: ``CONVOLUTION`` or ``MATRIX_MULTIPLY``.
+        data_type: TensorRT's name of its first input's.
+        multiply_accumulates: How many, at the sizes it was counted for.
+    """
+
+    name: str
+    kind: str
+    data_type: str
+    multiply_accumulates: int
+
+
+def node_work(
+    trt: Any, network: tensorrt.INetworkDefinition, shapes: InputShapes
+) -> tuple[NodeWork, ...]:
+    """Multiply-accumulates of each convolution and matrix product.
+
+    Args:
+        trt: The TensorRT module.
+        network: A parsed network; its shapes are the same afterwards.
+        shapes: Shapes of the inputs at the sizes to count for.
+    """
+    found = []
+    with _FixedShapes(network, shapes):
+        for index in range(network.num_layers):
+            layer = network.get_layer(index)
+            kind, name = layer.type.name, layer.name
+            if kind in _COUNTS:
+                data_type = _type_name(layer.get_input(0))
+                count = _COUNTS[kind](trt, layer)
+                found.append(NodeWork(name, kind, data_type, count))
+    return tuple(found)
+
+
 def count_network(
-    trt: Any, network: Any, shapes: InputShapes, opt: Profile
+    network: tensorrt.INetworkDefinition, work: Iterable[NodeWork], opt: Profile
 ) -> dict[str, Any]:
     """Count layers by type and output type, and multiply-accumulates by input type.
 
     Args:
-        trt: The TensorRT module.
-        network: A parsed ``INetworkDefinition``; its shapes are the same afterwards.
-        shapes: Shapes of the inputs at the sizes to count for.
-        opt: The profile whose usual sizes those are, to be written beside the counts.
+        network: A parsed network.
+        work: What :func:`node_work` found in it.
+        opt: The profile whose usual sizes it is for, to be written beside the counts.
 
     Returns:
         JSON values: ``source``; ``layers``, a number for each type and data type;
@@ -48,25 +90,39 @@ def count_network(
         (``MATRIX_MULTIPLY``).
     """
     layers: dict[str, Counter[str]] = {}
-    work: dict[str, Counter[str]] = {}
-    with _FixedShapes(network, shapes):
-        for index in range(network.num_layers):
-            layer = network.get_layer(index)
-            kind = layer.type.name
-            layers.setdefault(kind, Counter())[_type_name(layer.get_output(0))] += 1
-            count = _COUNTS.get(kind)
-            if count:
-                done = work.setdefault(kind, Counter())
-                done[_type_name(layer.get_input(0))] += count(trt, layer)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        name = _type_name(layer.get_output(0))
+        layers.setdefault(layer.type.name, Counter())[name] += 1
+    done: dict[str, Counter[str]] = {}
+    for node in work:
+        kind = done.setdefault(node.kind, Counter())
+        kind[node.data_type] += node.multiply_accumulates
     return {
         "source": SOURCE,
         "layers": {kind: dict(found) for kind, found in sorted(layers.items())},
         "multiply_accumulates": {
             "samples": opt.samples[1],
             "rows": opt.rows[1],
-            **{kind: dict(found) for kind, found in sorted(work.items())},
+            **{kind: dict(found) for kind, found in sorted(done.items())},
         },
     }
+
+
+def type_shares(counts: dict[str, Any]) -> dict[str, float]:
+    """Share of all multiply-accumulates for each data type, largest first.
+
+    Args:
+        counts: What :func:`count_network` or ``plan_inspector.plan_types`` returned.
+
+    Returns:
+        TensorRT's names of data types to numbers from 0 to 1; empty without any work.
+    """
+    total: Counter[str] = Counter()
+    for found in counts.get("multiply_accumulates", {}).values():
+        total.update(found if isinstance(found, dict) else {})
+    every = sum(total.values())
+    return {name: count / every for name, count in total.most_common() if every}
 
 
 def share_of(counts: dict[str, Any], precision: str, kind: str) -> float | None:
@@ -120,7 +176,9 @@ def check_precision(counts: dict[str, Any], precision: str, export: str) -> None
 class _FixedShapes:
     """Give the network's inputs fixed shapes for a while, so that all are known."""
 
-    def __init__(self, network: Any, shapes: InputShapes) -> None:
+    def __init__(
+        self, network: tensorrt.INetworkDefinition, shapes: InputShapes
+    ) -> None:
         self._inputs = [network.get_input(i) for i in range(network.num_inputs)]
         self._before = [tuple(tensor.shape) for tensor in self._inputs]
         self._shapes = shapes
@@ -134,28 +192,30 @@ class _FixedShapes:
             tensor.shape = shape
 
 
-def _type_name(tensor: Any) -> str:
+def _type_name(tensor: tensorrt.ITensor) -> str:
     name: str = tensor.dtype.name
     return name
 
 
-def _volume(tensor: Any) -> int:
+def _volume(tensor: tensorrt.ITensor) -> int:
     """Number of elements; 0 where TensorRT cannot tell."""
     sizes = [int(size) for size in tensor.shape]
     return math.prod(sizes) if all(size >= 0 for size in sizes) else 0
 
 
-def _convolution(trt: Any, layer: Any) -> int:
+def _convolution(trt: Any, found: tensorrt.ILayer) -> int:
     """Outputs times kernel size times input channels of a group."""
-    layer.__class__ = trt.IConvolutionLayer  # the binding's way to cast down
+    found.__class__ = trt.IConvolutionLayer  # the binding's way to cast down
+    layer = cast("tensorrt.IConvolutionLayer", found)
     channels = int(layer.get_input(0).shape[1]) // int(layer.num_groups)
     kernel = math.prod(int(size) for size in layer.kernel_size_nd)
     return _volume(layer.get_output(0)) * kernel * channels
 
 
-def _matrix_product(trt: Any, layer: Any) -> int:
+def _matrix_product(trt: Any, found: tensorrt.ILayer) -> int:
     """Outputs times the length that is summed over."""
-    layer.__class__ = trt.IMatrixMultiplyLayer
+    found.__class__ = trt.IMatrixMultiplyLayer
+    layer = cast("tensorrt.IMatrixMultiplyLayer", found)
     shape = layer.get_input(0).shape
     summed = shape[-2] if layer.op0 == trt.MatrixOperation.TRANSPOSE else shape[-1]
     return _volume(layer.get_output(0)) * max(0, int(summed))

@@ -17,32 +17,69 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import BuildError, Id3pmError
+from ..errors import BuildError, Id3pmError, some_of
 from ..files import output_error
 from ..optional import require
 from ..recipes import dataclass_from_mapping
-from .precision import check_precision, count_network
-from .recipe import EngineRecipe
+from .device_memory import Device, PeakMemory, find_device
+from .plan_inspector import ask_for_details, inspect_plan
+from .precision import check_precision, count_network, node_work
+from .recipe import CURRENT_GPU, EngineRecipe
 from .tensorrt_config import add_profile, input_shapes, set_options
-from .tensorrt_events import Channel, Messages, Phases, make_logger, make_monitor
+from .tensorrt_events import (
+    Channel,
+    Messages,
+    Phases,
+    make_logger,
+    make_monitor,
+    out_of_memory,
+)
+from .timing_cache import TimingCache, timing_cache_path
+
+if TYPE_CHECKING:
+    import tensorrt
 
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 """Module to the extra of this package that brings it."""
 
 
-def make_builder(trt: Any, logger: Any, messages: Messages) -> Any:
+def check_gpu(recipe: EngineRecipe, device: Device | None) -> None:
+    """Refuse to build with plain TensorRT for a GPU that is not the one here.
+
+    Where no GPU is found TensorRT itself says so, when its builder is made.
+
+    Raises:
+        BuildError: The GPU is not one of the recipe's.
+    """
+    wanted = recipe.compute_capabilities
+    if recipe.flavour != "tensorrt" or not wanted or device is None:
+        return
+    found = device.facts["compute_capability"]
+    if found not in wanted and CURRENT_GPU not in wanted:
+        raise BuildError(
+            f"the recipe is for GPUs of compute capability {', '.join(wanted)}",
+            why=f"{recipe.flavour} builds for the GPU of the machine it runs on, and "
+            f"this one's is {device.facts['name']} with {found}",
+            fix="build on the machine that will run the plan, or use the recipe of "
+            "this one; id3pm-deploy doctor names it",
+        )
+
+
+def make_builder(
+    trt: Any, logger: tensorrt.ILogger, messages: Messages
+) -> tensorrt.Builder:
     """A ``Builder``.
 
     Raises:
         BuildError: TensorRT refuses; plain TensorRT does so without a GPU.
     """
+    builder: tensorrt.Builder | None = None
     try:
         builder = trt.Builder(logger)
     except (TypeError, RuntimeError) as error:
         messages.errors.append(str(error))
-        builder = None
     if builder is None:
         raise messages.error(
             f"{trt.__name__} {trt.__version__} cannot make a builder here",
@@ -51,7 +88,7 @@ def make_builder(trt: Any, logger: Any, messages: Messages) -> Any:
     return builder
 
 
-def make_network(trt: Any, builder: Any) -> Any:
+def make_network(trt: Any, builder: tensorrt.Builder) -> tensorrt.INetworkDefinition:
     """An empty, strongly typed network.
 
     A library without the flag has no other kind of network.
@@ -62,30 +99,36 @@ def make_network(trt: Any, builder: Any) -> Any:
 
 
 def parse_graph(
-    trt: Any, network: Any, logger: Any, graph: Path, messages: Messages
-) -> Any:
+    trt: Any,
+    network: tensorrt.INetworkDefinition,
+    logger: tensorrt.ILogger,
+    graph: Path,
+    messages: Messages,
+) -> tensorrt.OnnxParser:
     """Parse ``graph`` into ``network``; returns the parser, which must stay alive.
+
+    The file is read by its path, so that weights in files beside it are found.
 
     Raises:
         BuildError: TensorRT refuses a node, or the file; every refusal is named.
     """
-    parser = trt.OnnxParser(network, logger)
+    parser: tensorrt.OnnxParser = trt.OnnxParser(network, logger)
     parsed = parser.parse_from_file(str(graph))
     refusals = [parser.get_error(index) for index in range(parser.num_errors)]
     if parsed and not refusals and network.num_outputs:
         return parser
-    texts = [_refusal(error) for error in refusals]
-    named = [error.node_name() for error in refusals if error.node_name()]
+    texts = dict.fromkeys(_refusal(error) for error in refusals)
+    named = dict.fromkeys(filter(None, (error.node_name() for error in refusals)))
     raise BuildError(
-        f"{trt.__name__} cannot parse the graph"
-        + (f": {', '.join(named[:3])}" if named else ""),
-        why="; ".join(texts or messages.errors) or "it has no output",
+        f"{trt.__name__} {trt.__version__} cannot parse the graph"
+        + (f": {some_of(list(named))}" if named else ""),
+        why="; ".join([*texts] or messages.errors) or "it has no output",
         fix="export the graph again with an opset and operators that this TensorRT "
         "takes",
     )
 
 
-def _refusal(error: Any) -> str:
+def _refusal(error: tensorrt.ParserError) -> str:
     text = " ".join(str(error.desc()).split())
     name, operator = error.node_name(), error.node_operator()
     return f"node {name!r} ({operator}): {text}" if name or operator else text
@@ -109,43 +152,98 @@ def peak_memory_bytes() -> int:
 def build(recipe: EngineRecipe, graph: Path, plan: Path, channel: Channel) -> None:
     """Build ``plan`` from ``graph`` and send the event ``built``.
 
+    The event is sent again after the plan has been inspected, which loads it: should
+    that crash, the plan is there all the same.
+
     Raises:
         BuildError: Anything TensorRT refuses.
         MissingPackageError: The TensorRT of the recipe is not installed.
         OutputError: ``plan`` cannot be written.
     """
     trt = require(recipe.flavour, extra=EXTRAS[recipe.flavour])
+    device: Device | None = find_device()
+    check_gpu(recipe, device)
     began = time.monotonic()
     messages = Messages(channel)
     logger = make_logger(trt, messages)
-    builder = make_builder(trt, logger, messages)
-    network = make_network(trt, builder)
-    parser = parse_graph(trt, network, logger, graph, messages)
-    profiles = recipe.profiles
-    opt = profiles[-1]
-    shapes = input_shapes(network, opt.samples[1], opt.rows[1])
-    counts = count_network(trt, network, shapes, opt)
-    check_precision(counts, recipe.precision, recipe.export)
+    opt = recipe.profiles[-1]
+    with PeakMemory(device) as memory:
+        builder = make_builder(trt, logger, messages)
+        network = make_network(trt, builder)
+        parser = parse_graph(trt, network, logger, graph, messages)
+        shapes = input_shapes(network, opt.samples[1], opt.rows[1])
+        work = node_work(trt, network, shapes)
+        counts = count_network(network, work, opt)
+        check_precision(counts, recipe.precision, recipe.export)
+        config = _config(trt, builder, network, recipe, device, messages)
+        data = _build(trt, builder, network, config, device, messages)
+        del parser
+    _write(plan, data)
+    event: dict[str, Any] = {
+        "version": str(trt.__version__),
+        "layer_types": counts,
+        "plan_types": {},
+        "plan_types_reason": "no GPU is here to load the plan",
+        "warnings": list(messages.warnings),
+        "build_seconds": time.monotonic() - began,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_device_memory_bytes": memory.bytes,
+        "gpu": device.facts if device is not None else None,
+    }
+    channel.send("built", **event)
+    if device is not None:
+        last = len(recipe.profiles) - 1
+        types, reason = inspect_plan(trt, logger, data, last, shapes, work)
+        event.update(plan_types=types, plan_types_reason=reason)
+        channel.send("built", **event)
+
+
+def _config(
+    trt: Any,
+    builder: tensorrt.Builder,
+    network: tensorrt.INetworkDefinition,
+    recipe: EngineRecipe,
+    device: Device | None,
+    messages: Messages,
+) -> tensorrt.IBuilderConfig:
+    """The recipe's settings and profiles, and who is told of the progress."""
     config = builder.create_builder_config()
-    set_options(trt, config, recipe, None)
-    for profile in profiles:
+    free = device.free_bytes() if device is not None else None
+    set_options(trt, config, recipe, free)
+    for profile in recipe.profiles:
         add_profile(builder, network, config, profile, messages)
+    if device is not None:
+        ask_for_details(trt, config)
     if hasattr(trt, "IProgressMonitor"):
-        phases = Phases(channel, len(profiles))
+        phases = Phases(messages.channel, len(recipe.profiles))
         config.progress_monitor = make_monitor(trt, phases)
+    return config
+
+
+def _build(
+    trt: Any,
+    builder: tensorrt.Builder,
+    network: tensorrt.INetworkDefinition,
+    config: tensorrt.IBuilderConfig,
+    device: Device | None,
+    messages: Messages,
+) -> tensorrt.IHostMemory:
+    """The serialised plan.
+
+    Raises:
+        BuildError: TensorRT could not make one.
+    """
+    gpu = device.facts if device is not None else None
+    path = timing_cache_path(trt.__name__, str(trt.__version__), gpu)
+    timings = TimingCache(path)
+    timings.load(config)
     data = builder.build_serialized_network(network, config)
     if data is None:
         raise messages.error(f"{trt.__name__} {trt.__version__} could not build a plan")
-    _write(plan, data)
-    channel.send(
-        "built",
-        version=str(trt.__version__),
-        layer_types=counts,
-        warnings=messages.warnings,
-        build_seconds=time.monotonic() - began,
-        peak_memory_bytes=peak_memory_bytes(),
-    )
-    del parser
+    timings.save(config)
+    if timings.problem:
+        messages.add("WARNING", timings.problem)
+    return data
 
 
 def _write(plan: Path, data: Any) -> None:
@@ -172,6 +270,11 @@ def _read_line() -> bytes:
     return bytes(line)
 
 
+def _send_error(channel: Channel, error: Id3pmError) -> None:
+    texts = {"what": error.what, "why": error.why, "fix": error.fix}
+    channel.send("error", kind=type(error).__name__, **texts)
+
+
 def main() -> None:
     """Serve one request and end the process.
 
@@ -186,8 +289,8 @@ def main() -> None:
         recipe = dataclass_from_mapping(EngineRecipe, request["recipe"], "request")
         build(recipe, Path(request["graph"]), Path(request["plan"]), channel)
     except Id3pmError as error:
-        kind = type(error).__name__
-        texts = {"what": error.what, "why": error.why, "fix": error.fix}
-        channel.send("error", kind=kind, **texts)
+        _send_error(channel, error)
+    except MemoryError:
+        _send_error(channel, out_of_memory("the machine's memory ran out"))
     sys.stderr.flush()
     os._exit(0)

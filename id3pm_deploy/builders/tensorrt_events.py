@@ -7,9 +7,12 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BuildError
+
+if TYPE_CHECKING:
+    import tensorrt
 
 _PROFILE_PHASE = "Computing profile costs"
 """TensorRT's name of the phase whose steps are shared out among the profiles."""
@@ -17,17 +20,36 @@ _PROFILE_PHASE = "Computing profile costs"
 _KEPT_MESSAGES = 20
 _SECONDS_BETWEEN_EVENTS = 0.05
 
+_MEMORY = (
+    "out of memory",
+    "outofmemory",
+    "bad_alloc",
+    "insufficient memory",
+    "find any implementation",
+)
+"""What a message of TensorRT holds, in lower case, when memory was short.
+
+The last one names a node, and nearly always means that no kernel fitted in the
+workspace.
+"""
+
 _HINTS = {
-    "out of memory": "free some memory, or lower workspace_bytes or dynamic_samples",
-    "outofmemory": "free some memory, or lower workspace_bytes or dynamic_samples",
-    "find any implementation": "this usually means too little memory: free some, or "
-    "raise workspace_bytes",
     "turing": "compute capability 7.5 has no float32 matrix products in TensorRT-RTX; "
     "leave it out of compute_capabilities",
     "driver version is insufficient": "build where a GPU and its driver are, or name "
     "the compute_capabilities to build for",
 }
 """What a message of TensorRT holds, in lower case, to what can be done."""
+
+
+def out_of_memory(why: str) -> BuildError:
+    """The error for a build that wanted more memory than there is."""
+    return BuildError(
+        "the build ran out of memory",
+        why=why,
+        fix="close other programs, or change the recipe: lower the most samples of "
+        "dynamic_samples, workspace_share or workspace_bytes, or optimization_level",
+    )
 
 
 class Channel:
@@ -68,6 +90,8 @@ class Messages:
     def error(self, what: str, fix: str = "") -> BuildError:
         """A :class:`BuildError` whose cause is what TensorRT said."""
         why = "; ".join(self.errors)
+        if any(needle in why.lower() for needle in _MEMORY):
+            return out_of_memory(f"{what}: {why}")
         hints = [hint for needle, hint in _HINTS.items() if needle in why.lower()]
         return BuildError(what, why=why, fix=(hints or [fix])[0])
 
@@ -101,7 +125,7 @@ class Phases:
             self._channel.send("phase", name=name, done=done, steps=self._steps[name])
 
 
-def make_logger(trt: Any, messages: Messages) -> Any:
+def make_logger(trt: Any, messages: Messages) -> tensorrt.ILogger:
     """An ``ILogger`` that keeps errors and warnings."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -115,7 +139,7 @@ def make_logger(trt: Any, messages: Messages) -> Any:
     return Logger()
 
 
-def make_monitor(trt: Any, phases: Phases) -> Any:
+def make_monitor(trt: Any, phases: Phases) -> tensorrt.IProgressMonitor:
     """An ``IProgressMonitor`` that reports to ``phases``."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
