@@ -43,7 +43,7 @@ def test_a_dry_run_shows_what_settings_make_of_a_recipe() -> None:
     assert plain["workspace_bytes"] == 512 << 20
     changed = dry(
         *("--target", "orin-nano"),
-        *("--set", "workspace_bytes=1_000_000"),
+        *("--set", "workspace_bytes=100_000_000"),
         *("--set", "dynamic_samples=[1, 2, 4]"),
         *("--set", "hardware_compatibility=same_compute_capability"),
     )
@@ -56,6 +56,8 @@ def test_a_dry_run_shows_what_settings_make_of_a_recipe() -> None:
     ("setting", "message"),
     [
         ("colour=1", "the setting 'colour=1' has an unknown key"),
+        ("refit=true", "the setting 'refit=true' has an unknown key"),
+        ("workspace_bytes=1_000_000", "raise it to 16777216 at least"),
         ("threads", "the setting 'threads' is not KEY=VALUE"),
         ("workspace_share=lots", "the setting 'workspace_share=lots' must be float"),
         ("optimization_level=6", "optimization_level = 6: optimization_level must be"),

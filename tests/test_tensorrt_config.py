@@ -142,9 +142,13 @@ def test_the_workspace_is_a_share_under_a_ceiling(
     assert pools.limits == ({} if limit is None else {"workspace": limit})
 
 
-def test_tensorrt_rtx_takes_a_small_workspace(trt: Any, config: Any) -> None:
-    set_options(trt, config, with_(RTX, workspace_bytes=MIB), None)
-    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == MIB
+def test_a_share_of_too_little_is_refused() -> None:
+    recipe = with_(PLAIN, workspace_share=0.25)
+    set_options(library(), Pools(), recipe, 64 * MIB)
+    with pytest.raises(BuildError, match="too little memory is free") as caught:
+        set_options(library(), Pools(), recipe, 63 * MIB)
+    assert "0.25" in caught.value.why
+    assert "raise workspace_share" in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,7 @@ def test_a_setting_that_the_library_drops_is_named() -> None:
     ):
         with pytest.raises(BuildError, match=f"does not take {next(iter(change))}"):
             set_options(known, Deaf(), with_(PLAIN, **change), None)
-    recipe = with_(PLAIN, workspace_bytes=2 * MIB)
+    recipe = with_(PLAIN, workspace_bytes=20 * MIB)
     with pytest.raises(BuildError, match="does not take workspace") as caught:
         set_options(known, Pools(most=MIB), recipe, None)
     assert str(MIB) in caught.value.why

@@ -69,7 +69,7 @@ def test_several_profiles_are_numbered_and_in_the_plans_order() -> None:
     ("recipe", "change", "option"),
     [
         (PLAIN, {"workspace_bytes": 1 << 30}, "--memPoolSize=workspace:1024M"),
-        (PLAIN, {"workspace_bytes": 1000}, "--memPoolSize=workspace:1000B"),
+        (PLAIN, {"workspace_bytes": 20_000_000}, "--memPoolSize=workspace:20000000B"),
         (PLAIN, {"optimization_level": 0}, "--builderOptimizationLevel=0"),
         (PLAIN, {"auxiliary_streams": 0}, "--maxAuxStreams=0"),
         (PLAIN, {"version_compatible": True}, "--versionCompatible"),

@@ -27,6 +27,10 @@ CURRENT_GPU = "current"
 MOST_SHARE = 0.9
 """Most of the free memory that a workspace may have; the plan needs some, too."""
 
+LEAST_WORKSPACE = 16 << 20
+"""Fewest bytes of a workspace. With 4 MiB TensorRT-RTX 1.7.1 finds no kernels for two
+convolutions, and for a UNet of 0.8 M parameters 8 MiB are too little."""
+
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 _OPERATOR = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TENSORRT_ONLY = (
@@ -178,6 +182,12 @@ class EngineRecipe:
                 why=f"it is {self.workspace_share}",
             )
         _check_range("workspace_bytes", self.workspace_bytes, 0, 1 << 50)
+        if 0 < self.workspace_bytes < LEAST_WORKSPACE:
+            raise RecipeError(
+                "workspace_bytes is too small for any kernel",
+                why=f"it is {self.workspace_bytes}",
+                fix=f"raise it to {LEAST_WORKSPACE} at least, or leave it out",
+            )
         _check_range("optimization_level", self.optimization_level, 0, 5)
         _check_range("auxiliary_streams", self.auxiliary_streams, 0, 64)
         self._check_capabilities()
@@ -218,11 +228,21 @@ class EngineRecipe:
 
         Args:
             free_bytes: Free memory of the device that builds; None if unknown.
+
+        Raises:
+            BuildError: The share of it is too small for any kernel.
         """
         limits = [self.workspace_bytes] if self.workspace_bytes else []
         if self.workspace_share and free_bytes is not None:
             limits.append(int(self.workspace_share * free_bytes))
-        return min(limits, default=None)
+        limit = min(limits, default=None)
+        if limit is not None and limit < LEAST_WORKSPACE:
+            raise BuildError(
+                "too little memory is free for TensorRT's workspace",
+                why=f"of {free_bytes} bytes its share is {self.workspace_share}",
+                fix="close other programs, or raise workspace_share in the recipe",
+            )
+        return limit
 
     @property
     def profiles(self) -> tuple[Profile, ...]:
