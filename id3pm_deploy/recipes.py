@@ -178,13 +178,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
             text = handle.read(_MAX_BYTES + 1)
         if len(text) > _MAX_BYTES:
             raise RecipeError(f"{path} is too large to be a recipe")
-        return tomllib.loads(text.decode("utf-8"))
+        values: dict[str, Any] = tomllib.loads(text.decode("utf-8"))
     except OSError as error:
         raise RecipeError(
             f"cannot read the recipe {path}", why=error.strerror or str(error)
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path} is not TOML", why=str(error)) from error
+    return values
 
 
 def _setting(text: str, into: type) -> tuple[str, Any]:

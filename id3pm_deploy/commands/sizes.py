@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TYPE_CHECKING
 
 import click
 
@@ -28,7 +29,13 @@ def bytes_from(text: str) -> int:
     return int(size)
 
 
-class Size(click.ParamType):
+if TYPE_CHECKING:
+    _Type = click.ParamType[int]
+else:  # not generic in all releases of click that we take
+    _Type = click.ParamType
+
+
+class Size(_Type):
     """A size in bytes, typed as :func:`bytes_from` takes it."""
 
     name = "size"
