@@ -18,8 +18,9 @@ import pytest
 from click.testing import CliRunner
 
 from id3pm_deploy.builders import cache as cache_module
-from id3pm_deploy.builders import cache_files
-from id3pm_deploy.builders.cache import DEFAULT_LIMIT_BYTES, Facts, PlanCache
+from id3pm_deploy.builders import cache_entry, cache_files
+from id3pm_deploy.builders.cache import DEFAULT_LIMIT_BYTES, PlanCache
+from id3pm_deploy.builders.cache_entry import Facts
 from id3pm_deploy.cli import main
 from id3pm_deploy.errors import BuildError, OutputError
 from id3pm_deploy.user_folders import cache_folder
@@ -155,6 +156,11 @@ def replace_by_a_file(folder: Path) -> None:
     folder.write_bytes(b"no folder")
 
 
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "flipped": flip,
     "truncated": truncate,
@@ -167,7 +173,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a file": replace_by_a_file,
     "no plan": lambda folder: (folder / "plan").unlink(),
     "no entry": lambda folder: (folder / "entry.json").unlink(),
-    "empty folder": lambda folder: [p.unlink() for p in folder.iterdir()] and None,
+    "empty folder": empty,
     "open to others": lambda folder: (folder / "plan").chmod(0o666),
     "folder open to others": lambda folder: folder.chmod(0o777),
     "entry open to others": lambda folder: (folder / "entry.json").chmod(0o602),
@@ -292,7 +298,7 @@ def test_a_disk_that_fails_while_the_plan_is_kept_costs_a_note(
         raise OutputError("cannot write it", why="No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "copy_hashed", fail)
+        patch.setattr(cache_entry, "copy_hashed", fail)
         taken, notes = caller.ask()
     assert (taken, len(notes)) == (False, 1)
     assert notes[0].startswith("the plan was not kept in the plan cache")

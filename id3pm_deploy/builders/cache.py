@@ -10,88 +10,36 @@ note, never a build.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import os
 import re
-import stat
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .. import __version__
 from ..errors import BuildError, Id3pmError, OutputError
-from ..files import (
-    hold,
-    json_text,
-    open_plain,
-    remove,
-    temporary_folder,
-    temporary_name,
-    write_new,
-)
+from ..files import hold, open_plain, remove, temporary_folder, temporary_name
 from ..user_folders import cache_folder, make_private, why_not_ours
-from ..versioned_json import JsonFormat
+from .cache_entry import (
+    ENTRY_NAME,
+    PLAN_NAME,
+    Facts,
+    Listed,
+    listed,
+    read_entry,
+    reason_of,
+    write_entry,
+)
 from .cache_files import copy_hashed, held_lock, remove_free_lock, unlink_lock
 
-ENTRY = JsonFormat(
-    name="id3pm-cached-plan",
-    version=1,
-    what="a plan of the cache",
-    noun="cache entry",
-    max_bytes=4 << 20,
-    error=BuildError,
-)
-
 DEFAULT_LIMIT_BYTES = 10 << 30
-
-Facts = dict[str, Any]
-"""What is known of a plan, as JSON values; the cache takes it as it is."""
 
 Check = Callable[[Facts], object]
 """Raises Id3pmError for facts that are not to be used."""
 
-_PLAN_NAME, _ENTRY_NAME = "plan", "entry.json"
 _KEY = re.compile(r"[0-9a-f]{64}")
 _LOCK = re.compile(r"[0-9a-f]{64}\.lock")
 _LEFTOVER = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{12}\.tmp")
-
-
-@dataclass(frozen=True)
-class CachedPlan:
-    """What ``entry.json`` says of the plan beside it."""
-
-    key: str
-    size: int
-    sha256: str
-    built_at: str
-    tool_version: str
-    facts: Facts
-
-
-@dataclass(frozen=True)
-class Listed:
-    """An entry as ``cache list`` shows it.
-
-    Attributes:
-        key: Name of its folder.
-        size: Bytes that it takes.
-        used_at: When it was last built or taken, in seconds since 1970.
-        plan: What it says of itself; None where that cannot be read.
-        problem: Why not.
-    """
-
-    key: str
-    size: int
-    used_at: float
-    plan: CachedPlan | None
-    problem: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """The same as plain JSON values."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -168,7 +116,7 @@ class PlanCache:
         Raises:
             OSError: The folder is not to be believed, or cannot be read.
         """
-        found = [self._listed(key) for key in self._names(_KEY)]
+        found = [listed(self._place() / key) for key in self._names(_KEY)]
         return sorted(filter(None, found), key=lambda one: (-one.used_at, one.key))
 
     def prune(self, max_bytes: int | None = None) -> Pruned:
@@ -207,22 +155,22 @@ class PlanCache:
             facts = self._copied(key, file, check)
         except (OSError, BuildError) as error:
             if alone and os.path.lexists(self.folder / key):
-                self._discard(key, _reason(error))
+                self._discard(key, reason_of(error))
             return None
         with contextlib.suppress(OSError):
-            self._sweep()
+            self._tidy(key)
         return facts
 
     def _copied(self, key: str, file: Path, check: Check) -> Facts:
         """Raises OSError or BuildError for an entry that is not to be used."""
-        entry = self._entry(key)
+        folder = self._place() / key
+        entry = read_entry(folder)
         try:
             check(entry.facts)
         except Id3pmError as error:
             raise BuildError(error.what) from error
-        folder = self._place() / key
-        path = folder / _PLAN_NAME
-        for place in (folder, folder / _ENTRY_NAME, path):
+        path = folder / PLAN_NAME
+        for place in (folder, folder / ENTRY_NAME, path):
             if reason := why_not_ours(place):
                 raise BuildError(reason)
         with open_plain(path) as handle:
@@ -231,18 +179,8 @@ class PlanCache:
             if copy_hashed(handle, file) != entry.sha256:
                 raise BuildError("the plan's SHA-256 is another one")
         with contextlib.suppress(OSError):
-            os.utime(folder / _ENTRY_NAME)
+            os.utime(folder / ENTRY_NAME)
         return entry.facts
-
-    def _entry(self, key: str) -> CachedPlan:
-        folder = self._place() / key
-        if not stat.S_ISDIR(folder.lstat().st_mode):
-            raise BuildError("it is no folder")
-        data = ENTRY.read(folder / _ENTRY_NAME)
-        entry = ENTRY.into(CachedPlan, ENTRY.body(ENTRY.values(data, "it"), "it"), "it")
-        if entry.key != key:
-            raise BuildError("it is the entry of another plan")
-        return entry
 
     def _discard(self, key: str, reason: str) -> None:
         self._note(
@@ -271,31 +209,23 @@ class PlanCache:
                 if not isinstance(error.__cause__, FileNotFoundError):
                     raise
                 self._put(key, file, facts)
-            self._sweep()
-            newest_first = sorted(self.entries(), key=lambda one: one.key != key)
-            for one in _past(newest_first, self.limit_bytes):
-                self._remove(one.key)
+            self._tidy(key)
         except (OSError, Id3pmError) as error:
-            self._note_unusable(_reason(error), "the plan was not kept in")
+            self._note_unusable(reason_of(error), "the plan was not kept in")
+
+    def _tidy(self, key: str) -> None:
+        """Remove what is left over, and plans past the limit, ``key`` the last."""
+        self._sweep()
+        newest_first = sorted(self.entries(), key=lambda one: one.key != key)
+        for one in _past(newest_first, self.limit_bytes):
+            self._remove(one.key)
 
     def _put(self, key: str, file: Path, facts: Facts) -> None:
         place = self._place() / key
         with temporary_folder(place) as staging:
-            self._stage(staging, key, file, facts)
+            write_entry(staging, key, file, facts)
             self._remove(key)
             os.rename(staging, place)
-
-    def _stage(self, staging: Path, key: str, file: Path, facts: Facts) -> None:
-        with open(file, "rb") as handle:
-            path = staging / _PLAN_NAME
-            write_new(path, b"", mode=0o600)
-            digest = copy_hashed(handle, path, durable=True)
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        size = path.stat().st_size
-        entry = CachedPlan(key, size, digest, now, __version__, facts)
-        head = {"format": ENTRY.name, "format_version": ENTRY.version}
-        text = json_text({**head, **dataclasses.asdict(entry)})
-        write_new(staging / _ENTRY_NAME, text.encode(), mode=0o600)
 
     # files
 
@@ -310,21 +240,6 @@ class PlanCache:
         if reason := why_not_ours(self.folder):
             raise PermissionError(errno.EPERM, reason, str(self.folder))
         return sorted(filter(wanted.fullmatch, os.listdir(self.folder)))
-
-    def _listed(self, key: str) -> Listed | None:
-        folder, plan, problem = self._place() / key, None, ""
-        try:
-            plan = self._entry(key)
-        except (OSError, BuildError) as error:
-            problem = _reason(error)
-        try:
-            size = sum(path.lstat().st_size for path in folder.iterdir())
-            used = (folder / _ENTRY_NAME).lstat().st_mtime
-        except OSError:
-            size, used = 0, 0.0
-        return (
-            Listed(key, size, used, plan, problem) if os.path.lexists(folder) else None
-        )
 
     def _remove(self, key: str) -> bool:
         """Remove an entry, whole at once; False if there is none.
@@ -363,7 +278,7 @@ class PlanCache:
             while descriptor is None:
                 descriptor = held_lock(path)
         except OSError as error:
-            self._note_unusable(_reason(error))
+            self._note_unusable(reason_of(error))
         if path is None or descriptor is None:
             yield False
             return
@@ -394,9 +309,3 @@ def _past(entries: list[Listed], limit: int) -> list[Listed]:
         if total > limit:
             return entries[index:]
     return []
-
-
-def _reason(error: OSError | Id3pmError) -> str:
-    if isinstance(error, Id3pmError):
-        return error.why or error.what
-    return error.strerror or str(error)

@@ -116,6 +116,7 @@ def build_plan(
         )
     if not graph.is_file():
         raise BuildError(f"there is no graph {graph}", fix="export it first")
+    _remove_dead_folders(Path(tempfile.gettempdir()))
     builder = builder_here(recipe)
     key = "" if builder is None else plan_key(graph, recipe, builder)
 
@@ -199,12 +200,8 @@ def _removed_after_failure(file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _work_folder() -> Iterator[Path]:
-    """A private temporary folder; the child may remove it before we do.
-
-    Those of builds that were killed are removed first.
-    """
+    """A private temporary folder; the child may remove it before we do."""
     place = Path(tempfile.gettempdir())
-    _remove_dead_folders(place)
     folder, descriptor = _held_folder(place)
     with folder as name:
         try:
@@ -239,6 +236,7 @@ def _held_folder(place: Path) -> tuple[tempfile.TemporaryDirectory[str], int | N
 
 
 def _remove_dead_folders(place: Path) -> None:
+    """Remove those of builds that were killed."""
     with contextlib.suppress(OSError):
         for path in place.glob(f"{_PREFIX}*"):
             descriptor = hold(path) if path.lstat().st_uid == os.geteuid() else None

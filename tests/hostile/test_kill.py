@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -26,6 +27,8 @@ from id3pm_deploy.images import read_mark
 
 MOMENTS = 10
 MADE_BY_TORCH = "temporary/torchinductor_"
+MADE_BY_PYTHON = re.compile(r"temporary/[a-z0-9_]{8}")
+"""With which ``tempfile`` tries whether it may write there."""
 
 
 def cpu_seconds(process: int) -> float:
@@ -51,8 +54,12 @@ def killed_after(sandbox: Sandbox, seconds: float, *arguments: object) -> bool:
 
 
 def own_files(sandbox: Sandbox) -> list[str]:
-    """What is in the sandbox, without the folder that torch makes."""
-    return [name for name in sandbox.files() if not name.startswith(MADE_BY_TORCH)]
+    """What is in the sandbox, without what torch and Python make."""
+    return [
+        name
+        for name in sandbox.files()
+        if not name.startswith(MADE_BY_TORCH) and not MADE_BY_PYTHON.fullmatch(name)
+    ]
 
 
 def kill_before_every_change(
