@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from fakes import pretend_here
 
 from id3pm_deploy.builders.build import build_engine
 from id3pm_deploy.bundle import open_bundle
 from id3pm_deploy.cli import main
+from id3pm_deploy.preflight import Gpu, Here
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -20,7 +22,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.slow
-def test_build_engine_for_rtx(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_build_engine_for_rtx(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "bundle"
     arguments = ["build-engine", str(tiny_checkpoint), "--target", "rtx"]
     result = CliRunner().invoke(main, [*arguments, "--out", str(out), "--json"])
@@ -41,13 +45,16 @@ def test_build_engine_for_rtx(tiny_checkpoint: Path, tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.stderr
     assert {e.target for e in open_bundle(out).manifest.engines} == {"rtx", "cpu"}
-    pictures = ["--out", str(tmp_path / "pictures")]
-    refused = CliRunner().invoke(
-        main,
-        ["sample", str(out), "--unconditional", "--backend", "tensorrt", *pictures],
-    )
-    assert refused.exit_code == 1
-    assert "no runtime for them yet" in refused.stderr
+    # On a machine with nothing to run it on, and on one with a GPU that it is for.
+    versions = {"tensorrt_rtx": entry["version"]}
+    gpu = Gpu("NVIDIA RTX 4090", "8.9", 128)
+    sample = ["sample", str(out), "--unconditional", "--backend", "tensorrt"]
+    for gpus, said in (((), "no NVIDIA GPU"), ((gpu,), "no runtime for them yet")):
+        pretend_here(monkeypatch, Here(gpus, versions=versions))
+        pictures = ["--out", str(tmp_path / "pictures")]
+        refused = CliRunner().invoke(main, [*sample, *pictures])
+        assert refused.exit_code == 1
+        assert said in refused.stderr
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def _toml(value: Any) -> str:
     character that JSON leaves as it is."""
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_toml, value))}]"
-    return json.dumps(value).replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def rebuild_command(entry: EngineEntry, bundle: Path | None) -> str:
