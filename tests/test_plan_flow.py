@@ -1,0 +1,349 @@
+"""`build-engine` with plans: a plan is the one of its graph and recipe, or none."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import plan_fakes
+import pytest
+from bundles import GOLDEN
+from click.testing import CliRunner
+from models import contents
+
+from id3pm_deploy.builders import onnx as onnx_module
+from id3pm_deploy.builders import tensorrt as tensorrt_module
+from id3pm_deploy.builders.build import build_engine
+from id3pm_deploy.builders.onnx import ExportedGraph
+from id3pm_deploy.builders.plan_key import Builder
+from id3pm_deploy.bundle import EngineEntry, open_bundle
+from id3pm_deploy.bundle.migrate import migrate_bundle
+from id3pm_deploy.bundle.trust import plan_trust
+from id3pm_deploy.bundle.writer import BundleWriter
+from id3pm_deploy.cli import main
+from id3pm_deploy.errors import BuildError
+from id3pm_deploy.files import ScratchFile
+from id3pm_deploy.selftest import load_golden
+
+SETTINGS = ("--set", "export=float32", "--set", "precision=float32")
+ANOTHER = b"\x32\x07another"
+"""Appended to an ONNX file: another text for people, and so other bytes."""
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache and a ledger for each test; TensorRT is a fake."""
+    for kind in ("CACHE", "STATE"):
+        monkeypatch.setenv(f"XDG_{kind}_HOME", str(tmp_path / kind.lower()))
+    monkeypatch.setenv("SPAWNS", str(tmp_path / "spawns"))
+    plan_fakes.install(monkeypatch.setattr)
+    return tmp_path
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle without plans whose graph is real."""
+    folder = Path(shutil.copytree(GOLDEN / "bundle-v1", tmp_path / "b"))
+    migrate_bundle(folder)
+    return folder
+
+
+def with_another_graph(folder: Path, out: Path) -> Path:
+    """A copy of a bundle whose graph has other bytes."""
+    shutil.copytree(folder, out)
+    writer = BundleWriter(out, open_bundle(out).manifest)
+    graph = writer.manifest.graphs[0]
+    data = writer.read(graph.file) + ANOTHER
+    file = writer.add_file("step-float32", ".onnx", data)
+    writer.add_graph(dataclasses.replace(graph, file=file))
+    writer.commit()
+    return out
+
+
+def build(source: Path, *options: str) -> dict[str, Any]:
+    """Run the command; returns the entry that it prints."""
+    arguments = ["build-engine", str(source), "--target", "rtx", *SETTINGS, "--json"]
+    result = CliRunner().invoke(main, [*arguments, *options])
+    assert result.exit_code == 0, result.stderr
+    facts: dict[str, Any] = json.loads(result.stdout)
+    facts["stderr"] = result.stderr
+    return facts
+
+
+def check_plan(folder: Path) -> EngineEntry:
+    """Fail unless the bundle's plan is the one of its graph and its settings."""
+    found = open_bundle(folder)
+    found.verify()
+    (entry,) = found.manifest.plans
+    wanted = plan_fakes.plan_of(found.read(entry.graph), entry.settings)
+    assert found.read(entry.file) == wanted
+    assert plan_trust(found, entry).trusted
+    return entry
+
+
+def test_a_plan_is_built_once_and_taken_ever_after(bundle: Path) -> None:
+    first = build(bundle)
+    assert (first["from_cache"], first["stderr"]) == (False, "")
+    before = contents(bundle)
+    again = build(bundle)
+    assert (again["from_cache"], again["stderr"]) == (True, "")
+    assert contents(bundle) == before
+    assert plan_fakes.spawns() == 1
+    entry = check_plan(bundle)
+    assert entry.plan_key == first["plan_key"] == again["plan_key"]
+    assert entry.settings["precision"] == "float32"
+    assert entry.settings["dynamic_samples"] == [1, 4, 8]
+    assert (entry.gpu_name, entry.cuda) == (None, None)
+    assert entry.build_seconds == 1.0
+
+
+def test_a_plan_from_the_cache_counts_as_built_here(
+    bundle: Path, tmp_path: Path
+) -> None:
+    build(bundle)
+    shutil.rmtree(tmp_path / "state")
+    opened = open_bundle(bundle)
+    assert not plan_trust(opened, opened.manifest.plans[0]).trusted
+    assert build(bundle)["from_cache"]
+    check_plan(bundle)
+
+
+def test_another_recipe_of_the_same_name_is_another_plan(bundle: Path) -> None:
+    first = build(bundle)
+    second = build(bundle, "--set", "optimization_level=2")
+    assert not second["from_cache"]
+    assert (first["target"], second["target"]) == ("rtx", "rtx")
+    assert first["file"] != second["file"]
+    assert not (bundle / first["file"]).exists()
+    assert check_plan(bundle).settings["optimization_level"] == 2
+    assert build(bundle)["from_cache"]
+    assert check_plan(bundle).settings["optimization_level"] is None
+    assert plan_fakes.spawns() == 2
+
+
+def test_an_edited_recipe_file_is_another_plan(bundle: Path, tmp_path: Path) -> None:
+    text = (
+        'summary = "s"\nbackend = "tensorrt"\nflavour = "tensorrt_rtx"\n'
+        'export = "float32"\nprecision = "float32"\ndynamic_samples = [1, 2, 4]\n'
+    )
+    recipe = tmp_path / "mine.toml"
+    for line, taken in (
+        ("", False),
+        ("auxiliary_streams = 0", False),
+        ("max_opset = 25", True),
+    ):
+        recipe.write_text(f"{text}{line}\n")
+        assert build(bundle, "--target", str(recipe))["from_cache"] == taken
+        assert [e.target for e in open_bundle(bundle).manifest.plans] == ["mine"]
+    assert plan_fakes.spawns() == 2
+
+
+def test_another_graph_is_another_plan(bundle: Path, tmp_path: Path) -> None:
+    first = build(bundle)
+    other = with_another_graph(bundle, tmp_path / "other")
+    second = build(other)
+    assert not second["from_cache"]
+    assert first["plan_key"] != second["plan_key"]
+    check_plan(bundle)
+    check_plan(other)
+
+
+def test_a_changed_checkpoint_is_another_plan(
+    tiny_checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_bundle(bundle)
+    graph = opened.manifest.graphs[0]
+    data, golden = opened.read(graph.file), load_golden(opened, graph)
+
+    def export(network: Any, *_: Any) -> ExportedGraph:
+        weight = next(iter(network.parameters())).flatten()[0].item()
+        text = f"{weight:+.6e}".encode()
+        file = ScratchFile(tmp_path)
+        file.write([data, b"\x32", bytes([len(text)]), text])
+        return ExportedGraph(file, golden, 1, 1e-7, ())
+
+    monkeypatch.setattr(onnx_module, "export_graph", export)
+    mine = Path(shutil.copytree(tiny_checkpoint, tmp_path / "mine"))
+    first = build(mine)
+    assert first["bundle"] == str(tmp_path / "mine.bundle")
+    assert build(mine)["from_cache"]
+    weights = mine / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    start = 8 + int.from_bytes(changed[:8], "little")
+    changed[start:] = bytes(len(changed) - start)  # all weights are 0 now
+    weights.write_bytes(changed)
+    arguments = ["build-engine", str(mine), "--target", "rtx", *SETTINGS]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 1
+    assert "bundle of another checkpoint" in refused.stderr
+    second = build(mine, "--out", str(tmp_path / "anew"))
+    assert not second["from_cache"]
+    assert second["plan_key"] != first["plan_key"]
+    check_plan(tmp_path / "anew")
+    check_plan(tmp_path / "mine.bundle")
+    assert plan_fakes.spawns() == 2
+
+
+def test_another_library_is_another_plan(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(bundle)
+    monkeypatch.setattr(tensorrt_module, "builder_here", lambda _: Builder("1.1"))
+    assert not build(bundle)["from_cache"]
+    monkeypatch.setattr(tensorrt_module, "builder_here", lambda _: None)
+    third = build(bundle)  # it cannot be said what determines the plan
+    assert (third["from_cache"], third["plan_key"]) == (False, "")
+    assert plan_fakes.spawns() == 3
+
+
+def test_a_damaged_plan_in_the_bundle_is_replaced(bundle: Path) -> None:
+    file = bundle / build(bundle)["file"]
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    assert build(bundle)["from_cache"]
+    check_plan(bundle)
+
+
+def test_a_damaged_plan_in_the_cache_is_built_again(
+    bundle: Path, tmp_path: Path
+) -> None:
+    build(bundle)
+    (plan,) = tmp_path.glob("cache/id3pm-deploy/plans/*/plan")
+    data = bytearray(plan.read_bytes())
+    data[100] ^= 1
+    plan.write_bytes(data)
+    second = build(bundle)
+    assert not second["from_cache"]
+    assert "in the cache cannot be used" in second["stderr"]
+    check_plan(bundle)
+    assert build(bundle)["from_cache"]
+
+
+def test_facts_of_another_release_in_the_cache_are_built_again(
+    bundle: Path, tmp_path: Path
+) -> None:
+    build(bundle)
+    (entry,) = tmp_path.glob("cache/id3pm-deploy/plans/*/entry.json")
+    values = json.loads(entry.read_text())
+    values["facts"]["surprise"] = 1
+    entry.write_text(json.dumps(values))
+    assert "unknown keys: surprise" in build(bundle)["stderr"]
+    assert plan_fakes.spawns() == 2
+
+
+def test_without_the_cache_everything_is_built(bundle: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert not build(bundle, "--no-cache")["from_cache"]
+    assert plan_fakes.spawns() == 2
+    assert not (tmp_path / "cache" / "id3pm-deploy" / "plans").exists()
+    assert check_plan(bundle).plan_key
+
+
+def test_a_cache_that_cannot_be_used_is_a_warning(bundle: Path, tmp_path: Path) -> None:
+    place = tmp_path / "cache" / "id3pm-deploy"
+    place.mkdir(parents=True)
+    (place / "plans").symlink_to(tmp_path)
+    for _ in range(2):
+        found = build(bundle)
+        assert not found["from_cache"]
+        assert "warning: the build went on without the plan cache" in found["stderr"]
+        assert "it is a symbolic link" in found["stderr"]
+    check_plan(bundle)
+
+
+def test_a_limit_of_nothing_keeps_nothing(bundle: Path, tmp_path: Path) -> None:
+    assert "larger than the cache" in build(bundle, "--cache-limit", "0")["stderr"]
+    assert os.listdir(tmp_path / "cache" / "id3pm-deploy" / "plans") == []
+
+
+def test_a_graph_for_another_parser_is_refused_before_anything_is_built(
+    bundle: Path,
+) -> None:
+    before = contents(bundle)
+    for settings, message in (
+        (("max_opset=19",), "the graph has opset 20, the parser takes 19"),
+        (('operators_refused=["Conv"]',), "no operator Conv"),
+    ):
+        with pytest.raises(BuildError, match="parser does not take") as caught:
+            build_engine(
+                bundle, "rtx", None, None, ("precision=float32", *settings), None
+            )
+        assert message in caught.value.why
+    assert plan_fakes.spawns() == 0
+    assert contents(bundle) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "bound"),
+    [
+        (("flavour=tensorrt", "compute_capabilities=[]"), "all"),
+        (("compute_capabilities=['current']",), "all"),
+        ((), "nothing"),
+        (
+            (
+                "flavour=tensorrt",
+                "compute_capabilities=[]",
+                "hardware_compatibility=ampere_plus",
+            ),
+            "cuda",
+        ),
+        (
+            (
+                "flavour=tensorrt",
+                "compute_capabilities=[]",
+                "hardware_compatibility=same_compute_capability",
+            ),
+            "capability",
+        ),
+    ],
+)
+def test_a_plan_is_bound_to_what_it_was_built_on(
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: tuple[str, ...],
+    bound: str,
+) -> None:
+    gpu = {
+        "name": "a GPU",
+        "compute_capability": "8.6",
+        "multiprocessors": 82,
+        "cuda": "13.0",
+    }
+
+    def run_child(*arguments: Any) -> dict[str, Any]:
+        more = {"plan_types": {"source": "plan"}, "peak_device_memory_bytes": 7}
+        return {**plan_fakes.run_child(*arguments), "gpu": gpu, **more}
+
+    monkeypatch.setattr(tensorrt_module, "_run_child", run_child)
+    options = [word for text in settings for word in ("--set", text)]
+    build(bundle, *options)
+    entry = check_plan(bundle)
+    found = {
+        "name": entry.gpu_name,
+        "compute_capability": entry.compute_capability,
+        "multiprocessors": entry.multiprocessors,
+        "cuda": entry.cuda,
+    }
+    kept = {
+        "all": set(gpu),
+        "nothing": set(),
+        "cuda": {"cuda"},
+        "capability": {"cuda", "compute_capability"},
+    }[bound]
+    assert found == {k: v if k in kept else None for k, v in gpu.items()}
+    assert entry.plan_types == {"source": "plan"}
+    assert entry.peak_device_memory_bytes == 7
+    kind = entry.settings["hardware_compatibility"]
+    assert entry.hardware_compatibility == kind
+
+
+def test_the_settings_of_an_engine_without_a_plan_are_kept(bundle: Path) -> None:
+    built = build_engine(bundle, "cpu", None, settings=("threads=1",))
+    assert built.entry.settings["threads"] == 1
+    assert built.entry.settings["backend"] == "onnxruntime"
+    assert (built.entry.plan_key, built.from_cache) == ("", False)
