@@ -1,8 +1,9 @@
 """Stands in for the process in which TensorRT builds, also in a command of its own.
 
 The plan it writes says what it was built from, so that a stale one shows. Each build is
-noted in the file that the environment variable ``SPAWNS`` names. ``DIE_AT``, as in
-``staging:3``, has the process kill itself in the middle of a step that makes no change
+noted in the file that the environment variable ``SPAWNS`` names, and takes as long as
+``BUILD_SECONDS`` says. ``DIE_AT``, as in
+``copying:3``, has the process kill itself in the middle of a step that makes no change
 that the hostile tests' sandbox could see.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ def run_child(
     os.write(descriptor, f"{os.getpid()}\n".encode())
     os.close(descriptor)
     data = plan_of(Path(request["graph"]).read_bytes(), request["recipe"])
+    time.sleep(float(os.environ.get("BUILD_SECONDS", "0")))
     with open(request["plan"], "wb", buffering=0) as handle:
         for number in range(PIECES):
             _maybe_die("building", number)

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +349,39 @@ def test_the_settings_of_an_engine_without_a_plan_are_kept(bundle: Path) -> None
     assert built.entry.settings["threads"] == 1
     assert built.entry.settings["backend"] == "onnxruntime"
     assert (built.entry.plan_key, built.from_cache) == ("", False)
+
+
+COMMAND = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import plan_fakes
+plan_fakes.install()
+from id3pm_deploy.cli import main
+main()
+"""
+
+
+def test_eight_commands_that_want_one_plan_build_it_once(
+    bundle: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them into one bundle, too."""
+    monkeypatch.setenv("BUILD_SECONDS", "2")
+    arguments = ["build-engine", str(bundle), "--target", "rtx", *SETTINGS, "--json"]
+    commands = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMMAND, str(root / "tests"), *arguments],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(8)
+    ]
+    said = [command.communicate(timeout=120) for command in commands]
+    assert [command.returncode for command in commands] == [0] * 8, said
+    assert [err for _, err in said] == [""] * 8
+    found = [json.loads(out) for out, _ in said]
+    assert sorted(facts["from_cache"] for facts in found) == [False, *[True] * 7]
+    assert len({facts["file"] for facts in found}) == 1
+    assert plan_fakes.spawns() == 1
+    check_plan(bundle)
