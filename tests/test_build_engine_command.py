@@ -127,6 +127,8 @@ def test_settings_and_cache_reach_the_builder(called: list[tuple[Any, ...]]) -> 
     result = run("a", "--cache-limit", "lots")
     assert result.exit_code == 2
     assert "'lots' is not a size such as 10GiB" in result.stderr
+    more = ("--no-cache", "--cache-limit", "1GiB")
+    refused("one of --no-cache and --cache-limit", "a", *more, status=2)
     assert not called
 
 

@@ -63,7 +63,10 @@ def command(
         return
     from ..builders.build import build_engine
     from ..builders.cache import DEFAULT_LIMIT_BYTES, PlanCache
+    from ..errors import InputError
 
+    if no_cache and cache_limit is not None:
+        raise InputError("give one of --no-cache and --cache-limit")
     limit = DEFAULT_LIMIT_BYTES if cache_limit is None else cache_limit
     cache = None if no_cache else PlanCache.default(limit)
     built = build_engine(source, target, out, super_resolution, settings, cache)
