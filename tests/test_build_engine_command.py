@@ -52,6 +52,17 @@ def test_a_dry_run_shows_what_settings_make_of_a_recipe() -> None:
     assert changed["dynamic_samples"] == [1, 2, 4]
 
 
+def test_a_dry_run_refuses_an_export_that_does_not_fit() -> None:
+    more = ("--set", "export=bfloat16", "--set", "precision=bfloat16", "--dry-run")
+    assert dry("--target", "thor", *more)["export"] == "bfloat16"
+    text = refused(
+        "export recipe bfloat16", "a", "--target", "orin-agx", *more, status=2
+    )
+    assert "opset 22, the parser takes 20" in text
+    own = ("--target", "orin-agx", "--set", "export=a/b.toml")
+    assert dry(*own)["export"] == "a/b.toml"
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -81,10 +81,14 @@ def _explain(
     """Print the recipe, or NVIDIA's command for it; build nothing."""
     from dataclasses import asdict
 
-    from ..builders.recipe import EngineRecipe
-    from ..recipes import load_recipe
+    from ..builders.export_recipe import ExportRecipe
+    from ..builders.recipe import EngineRecipe, check_export_fits
+    from ..recipes import load_recipe, recipe_names
 
     recipe = load_recipe("engines", target, EngineRecipe, settings)
+    if recipe.export in recipe_names("export"):
+        export = load_recipe("export", recipe.export, ExportRecipe)
+        check_export_fits(recipe, export)
     if dry_run:
         click.echo(json.dumps(asdict(recipe), indent=2))
         return
