@@ -169,6 +169,9 @@ def test_a_jetson_adds_its_plan_to_a_bundle(
     assert entry.self_test_error is None
     convolutions = entry.layer_types["multiply_accumulates"]["CONVOLUTION"]
     assert convolutions["HALF"] > 0.9 * sum(convolutions.values())
+    # The finished plan is inspected where its GPU is, and says the same.
+    assert entry.plan_types["source"] == "plan"
+    assert entry.plan_types["multiply_accumulates"]["CONVOLUTION"] == convolutions
 
     plan = told(bundle)
     assert not set(ABSENT) & set(plan["modules"])

@@ -17,7 +17,9 @@ from fakes import EARLY, pretend_here, put_driver, put_tensorrt
 from id3pm_deploy.builders.recipe import EngineRecipe
 from id3pm_deploy.bundle import EngineEntry, open_bundle
 from id3pm_deploy.bundle.ledger import record_plan
+from id3pm_deploy.bundle.writer import BundleWriter
 from id3pm_deploy.cli import main
+from id3pm_deploy.doctor.flavours import require_flavour
 from id3pm_deploy.doctor.probe import Outcome
 from id3pm_deploy.doctor.verdicts import Lack
 from id3pm_deploy.errors import (
@@ -178,6 +180,17 @@ def test_on_a_jetson_tensorrt_comes_from_apt(tmp_path: Path) -> None:
     put(tmp_path / "root", {"usr/lib/python3.10/dist-packages/tensorrt/a.py": ""})
     fix = here(("tensorrt",), host=one, prober=prober()).lacks["tensorrt"].fix
     assert fix == "python3.10 -m venv --system-site-packages .venv"
+
+
+def test_a_builder_says_how_its_library_is_installed(tmp_path: Path) -> None:
+    site(tmp_path / "site", CORE)
+    with pytest.raises(MissingPackageError, match="'tensorrt'") as caught:
+        require_flavour("tensorrt", host(tmp_path))
+    assert caught.value.fix == "pip install 'tensorrt>=10.3'"
+    jetson(tmp_path)
+    with pytest.raises(MissingPackageError, match="'tensorrt'") as caught:
+        require_flavour("tensorrt", host(tmp_path))
+    assert caught.value.fix == "sudo apt install python3-libnvinfer"
 
 
 def test_the_real_driver_and_libraries_are_asked(
@@ -581,3 +594,14 @@ def test_a_bundle_without_plans_asks_nobody(
     assert facts["plans"] == {}
     with pytest.raises(EngineError, match="no runtime for them yet"):
         open_engine(open_model(tmp_path / "b"), "tensorrt")
+
+
+def test_auto_takes_no_plan(bundle_copy: Path) -> None:
+    bundle = open_bundle(bundle_copy)
+    writer = BundleWriter(bundle_copy, bundle.manifest)
+    file = writer.add_file("rtx", ".plan", b"plan")
+    graph = bundle.manifest.graphs[0].file
+    writer.add_engine(new_engine("rtx", graph, file))
+    writer.commit()
+    engine = open_engine(open_model(bundle_copy))
+    assert engine.info.backend == "onnxruntime"

@@ -30,6 +30,7 @@ from id3pm_deploy.preflight.commands import entry_recipe, recipe_toml
 from id3pm_deploy.recipes import load_recipe, recipe_names
 
 ADA = Gpu("NVIDIA RTX 4090", "8.9", 128)
+HOPPER = Gpu("NVIDIA H100", "9.0", 132)
 NOW = Here((ADA,), "13.0", versions={"tensorrt_rtx": "1.8"})
 NO_GPU = dataclasses.replace(NOW, gpus=(), gpu_problem="there is no NVIDIA driver")
 
@@ -192,6 +193,11 @@ PLAIN = {
     ("changes", "machine", "said"),
     [
         (PLAIN, Here((), versions={"tensorrt": "10.9"}), "it needs an NVIDIA GPU"),
+        (
+            PLAIN,
+            Here((HOPPER,), versions={"tensorrt": "10.9"}),
+            "compute capability 8.9; here: 9.0",
+        ),
         (
             {"settings": {"backend": "tensorrt"}},
             NOW,

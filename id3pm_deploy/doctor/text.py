@@ -169,15 +169,19 @@ def _files(found: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _recipes(recipes: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{'recipe':<18}{'from a CHECKPOINT':<20}{'from a BUNDLE':<16}run"
-    for one in recipes["export"]:
-        yield f"{'export/' + one['name']:<18}{_word(one['build']):<20}{'-':<16}-"
+    exports, engines = (
+        {f"{kind}/{one['name']}": one for one in recipes[kind]}
+        for kind in ("export", "engines")
+    )
+    width = max(18, *(len(name) + 2 for name in ("", *exports, *engines)))
+    yield f"{'recipe':<{width}}{'from a CHECKPOINT':<20}{'from a BUNDLE':<16}run"
+    for name, one in exports.items():
+        yield f"{name:<{width}}{_word(one['build']):<20}{'-':<16}-"
     if recipes["export"]:  # all exports need the same
         yield from _missing("export", recipes["export"][0]["build"])
-    for one in recipes["engines"]:
+    for name, one in engines.items():
         whole, build, run = one["build_from_checkpoint"], one["build"], one["run"]
-        name = f"engines/{one['name']}"
-        yield f"{name:<18}{_word(whole):<20}{_word(build):<16}{_word(run)}"
+        yield f"{name:<{width}}{_word(whole):<20}{_word(build):<16}{_word(run)}"
         yield from _missing("build", build)
         yield from _missing("run", run)
     if recipes["problem"]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..builders.recipe import CURRENT_GPU, EngineRecipe
+from ..builders.recipe import EngineRecipe
 from ..bundle import BASE, Bundle, EngineEntry, open_bundle
 from ..doctor.verdicts import build_verdict
 from ..errors import EngineError, RecipeError
@@ -18,7 +18,7 @@ from ..files import write_text
 from .choose import stage_plans
 from .commands import entry_recipe, recipe_toml
 from .machine import Here, here
-from .rules import PlanProblem, is_portable, plan_problem
+from .rules import PlanProblem, plan_problem
 
 Say = Callable[[str], None]
 
@@ -90,8 +90,8 @@ def _problem_afterwards(entry: EngineEntry, machine: Here) -> PlanProblem | None
     """What would still keep the plan from running if it had been built here."""
     version = machine.versions.get(entry.flavour, entry.version)
     anew = dataclasses.replace(entry, version=version)
-    if not is_portable(entry) and machine.gpus:
-        gpu = machine.gpus[0]
+    if machine.gpus:
+        gpu = machine.gpus[0]  # the one that TensorRT builds on
         anew = dataclasses.replace(
             anew,
             gpu_name=gpu.name,
@@ -115,11 +115,6 @@ def _buildable(
     lacks = build_verdict(recipe, machine.facts()).lacks
     if lacks:
         return _refusal(stale, f"it needs {lacks[0].what}", lacks[0].fix), None
-    wanted = set(recipe.compute_capabilities) - {CURRENT_GPU}
-    found = {gpu.compute_capability for gpu in machine.gpus}
-    if recipe.flavour == "tensorrt" and wanted and not wanted & found:
-        why = "its recipe is for GPUs of another compute capability"
-        return _refusal(stale, why, "use a recipe for this machine's GPU"), None
     if not _TARGET.fullmatch(entry.target):
         return _refusal(stale, "its target is no plain name", stale.problem.fix), None
     if bundle.graph("step", recipe.precision, entry.stage) is None:

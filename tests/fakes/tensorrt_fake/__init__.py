@@ -267,20 +267,22 @@ class EngineInspector:
             return json.dumps({"Layers": [one["name"] for one in self._told["layers"]]})
         names = {"HALF": "FP16", "FLOAT": "FP32"}
         layers = []
-        for one in self._told["layers"]:
-            kind = names.get(one["dtype"], one["dtype"])
-            tensor = {"Name": "x", "Format/Datatype": f"Row major linear {kind} format"}
-            if not EARLY:
-                tensor = {"Name": "x", "Format": "kLINEAR", "Datatype": one["dtype"]}
-            layers.append(
-                {
-                    "Name": one["name"],
-                    "LayerType": "CaskConvolution",
-                    "Inputs": [tensor],
-                    "Outputs": [tensor],
-                    "Metadata": f"[ONNX Layer: {one['name']}]",
-                }
-            )
+        for number in range(len(self._told["profiles"])):
+            mark = f" [profile {number}]" if number else ""
+            for one in self._told["layers"]:
+                kind = names.get(one["dtype"], one["dtype"])
+                tensor = {"Format/Datatype": f"Row major linear {kind} format"}
+                if not EARLY:
+                    tensor = {"Format": "kLINEAR", "Datatype": one["dtype"]}
+                layers.append(
+                    {
+                        "Name": one["name"] + mark,
+                        "LayerType": "CaskConvolution",
+                        "Inputs": [{"Name": "x", **tensor}],
+                        "Outputs": [{"Name": "y", **tensor}],
+                        "Metadata": f"[ONNX Layer: {one['name']}]",
+                    }
+                )
         return json.dumps({"Layers": layers})
 
 
