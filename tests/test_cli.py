@@ -426,3 +426,61 @@ def test_ctrl_c_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+SLEEPER = """
+import os, signal, sys, time
+import click
+from id3pm_deploy.cli import main
+from id3pm_deploy.commands import doctor
+
+@click.command()
+def command():
+    child = os.fork()
+    try:
+        if not child:
+            time.sleep(60)
+        print(child, flush=True)
+        time.sleep(60)
+    finally:
+        print("tidied" if child else "tidied by the child", flush=True)
+
+doctor.command = command
+if "ignore" in sys.argv:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+main(["doctor"])
+"""
+
+
+def sleeper(*arguments: str) -> tuple[subprocess.Popen[str], int]:
+    """A command that sleeps, and the child that it has forked."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_command_that_is_told_to_end_tidies_up(name: str, status: int) -> None:
+    process, child = sleeper()
+    os.kill(child, getattr(signal, name))  # which ends on the spot, as ever
+    process.send_signal(getattr(signal, name))
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert stdout == "tidied\n"
+    assert stderr == f"stopped by {name}; nothing half-written was left\n"
+
+
+def test_who_ignores_the_end_of_the_terminal_goes_on() -> None:
+    process, child = sleeper("ignore")
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    os.kill(child, signal.SIGKILL)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == "tidied\n"
+    assert process.returncode == 143
