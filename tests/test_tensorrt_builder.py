@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,10 +23,10 @@ import pytest
 
 from id3pm_deploy.builders import tensorrt as builder
 from id3pm_deploy.builders import tensorrt_child as child
-from id3pm_deploy.builders.precision import share_of
+from id3pm_deploy.builders.precision import share_of, type_shares
 from id3pm_deploy.builders.recipe import EngineRecipe
 from id3pm_deploy.builders.tensorrt import BuiltPlan, build_plan
-from id3pm_deploy.builders.tensorrt_events import Messages
+from id3pm_deploy.builders.tensorrt_events import Limits, Messages, Watch
 from id3pm_deploy.errors import BuildError, MissingPackageError, RecipeError
 
 HALF = EngineRecipe(
@@ -38,6 +40,7 @@ HALF = EngineRecipe(
     compute_capabilities=("8.6", "12.0"),
 )
 FULL = dataclasses.replace(HALF, export="float32", precision="float32")
+BRAIN = dataclasses.replace(HALF, export="bfloat16", precision="bfloat16")
 FAKE = dataclasses.replace(HALF, flavour="tensorrt", compute_capabilities=())
 CHANNELS, SIZE, KERNEL = 8, 16, 3
 
@@ -48,23 +51,26 @@ def trt() -> Any:
 
 
 def graph(
-    half: bool = True,
+    body: str = "FLOAT16",
     names: tuple[str | int, str | int] = ("B", "R"),
     operators: tuple[str, ...] = ("Relu",),
+    channels: int = CHANNELS,
 ) -> Any:
-    """A step-like ONNX model: B pictures dealt to R rows, two convolutions, output."""
+    """A step-like ONNX model: B pictures dealt to R rows, two convolutions, output.
+
+    ``body`` is the data type of the first convolution.
+    """
     onnx = pytest.importorskip("onnx", reason="needs onnx")
     make, kinds = onnx.helper, onnx.TensorProto
     b, r = names
-    picture = (CHANNELS, SIZE, SIZE)
-    dtype = np.float16 if half else np.float32
-    weights = np.random.default_rng(0).normal(size=(CHANNELS, CHANNELS, KERNEL, KERNEL))
-    head = np.random.default_rng(1).normal(size=(1, CHANNELS, 1, 1))
+    picture = (channels, SIZE, SIZE)
+    kind = getattr(kinds, body)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+    weights = np.random.default_rng(0).normal(size=(channels, channels, KERNEL, KERNEL))
+    head = np.random.default_rng(1).normal(size=(1, channels, 1, 1))
     nodes = [
         make.make_node("Gather", ["state", "row"], ["rows"], name="deal"),
-        make.make_node(
-            "Cast", ["rows"], ["x"], to=kinds.FLOAT16 if half else kinds.FLOAT
-        ),
+        make.make_node("Cast", ["rows"], ["x"], to=kind),
         make.make_node("Conv", ["x", "weights"], ["c"], name="body", pads=[1] * 4),
         *(
             make.make_node(kind, ["c"], [f"o{i}"], name=f"node_{kind}")
@@ -91,7 +97,8 @@ def graph(
                 onnx.numpy_helper.from_array(head.astype(np.float32), "head"),
             ],
         ),
-        opset_imports=[make.make_opsetid("", 20)],
+        # Convolutions in bfloat16 came with opset 22.
+        opset_imports=[make.make_opsetid("", 22 if body == "BFLOAT16" else 20)],
     )
 
 
@@ -214,7 +221,7 @@ def test_a_graph_with_its_weights_in_another_file(
     onnx = pytest.importorskip("onnx")
     path = tmp_path / "step.onnx"
     onnx.save(
-        graph(half=False),
+        graph(body="FLOAT"),
         path,
         save_as_external_data=True,
         location="weights.bin",
@@ -227,20 +234,35 @@ def test_a_graph_with_its_weights_in_another_file(
     assert list(temporary.iterdir()) == []
 
 
+def test_a_bfloat16_graph_is_built_as_that(trt: Any, build: Build) -> None:
+    found = build(graph_bytes(body="BFLOAT16"), BRAIN).layer_types
+    assert found["layers"]["CONVOLUTION"] == {"BF16": 1, "FLOAT": 1}
+    body = CHANNELS * KERNEL**2  # multiply-accumulates for each of the head's
+    assert share_of(found, "bfloat16", "CONVOLUTION") == body / (body + 1)
+    assert share_of(found, "float16", "CONVOLUTION") == 0
+    assert type_shares(found) == {"BF16": body / (body + 1), "FLOAT": 1 / (body + 1)}
+
+
 @pytest.mark.parametrize(
-    ("half", "recipe", "promised"),
-    [(False, HALF, "float16"), (True, FULL, "float32")],
+    ("body", "recipe", "promised"),
+    [
+        ("FLOAT", HALF, "float16"),
+        ("FLOAT", BRAIN, "bfloat16"),
+        ("FLOAT16", FULL, "float32"),
+        ("FLOAT16", BRAIN, "bfloat16"),
+        ("BFLOAT16", HALF, "float16"),
+    ],
 )
 def test_a_graph_of_another_precision_is_refused(
     trt: Any,
-    half: bool,
+    body: str,
     recipe: EngineRecipe,
     promised: str,
     temporary: Path,
     build: Build,
 ) -> None:
     with pytest.raises(BuildError) as caught:
-        build(graph_bytes(half=half), recipe)
+        build(graph_bytes(body=body), recipe)
     assert f"promises {promised}" in caught.value.what
     assert "parsed network" in caught.value.why
     assert promised in caught.value.fix
@@ -395,6 +417,88 @@ def test_a_missing_library_is_named_with_its_extra(
     with pytest.raises(MissingPackageError) as caught:
         build(b"a graph", FAKE)
     assert "id3pm-deploy[tensorrt]" in caught.value.fix
+
+
+LIMITED = """
+import re, resource
+import tensorrt_rtx as other
+for name in dir(other):
+    if name not in ("ComputeCapability", "__name__"):
+        globals()[name] = getattr(other, name)
+held = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (held + {more},) * 2)
+"""
+
+
+@pytest.mark.parametrize("megabytes", [10, 40, 55])
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_build_without_enough_memory_is_called_that(
+    trt: Any, library: Library, build: Build, megabytes: int
+) -> None:
+    """Wherever the memory ends: TensorRT has a different word for each place."""
+    library(LIMITED.format(more=megabytes << 20))
+    with pytest.raises(BuildError, match="the build ran out of memory") as caught:
+        build(graph_bytes(channels=1024), FAKE)
+    assert caught.value.why
+    assert "fewer samples at a time (now up to 3)" in caught.value.fix
+
+
+NO_KERNEL = "Error Code 10: Could not find any implementation for node body"
+GPU_MEMORY = (
+    "[defaultAllocator.cpp::allocate] Error Code 1: Cuda Runtime (out of memory)"
+)
+HOST_MEMORY = "Error Code 2: OutOfMemory (Requested size was 84935039 bytes.)"
+
+
+@pytest.mark.parametrize(
+    ("said", "limits", "what", "fix"),
+    [
+        (NO_KERNEL, Limits(4, 1 << 23), "no kernel fits", "raise workspace_bytes .* 8"),
+        (NO_KERNEL, Limits(4), "no kernel fits", "fewer samples .* 4"),
+        (GPU_MEMORY, Limits(4, 1 << 30), "of GPU memory", r"lower .* \(now 1024 MiB\)"),
+        (GPU_MEMORY, Limits(4), "of GPU memory", r"now not set.*fewer samples"),
+        (HOST_MEMORY, Limits(4), "ran out of memory", r"fewer samples .* 4\)$"),
+        (HOST_MEMORY, Limits(4, None, 5), "ran out of memory", "capabilities .now 5"),
+        ("Unexpected exception std::bad_alloc", Limits(), "ran out of memory", ""),
+    ],
+)
+def test_what_memory_was_short_and_which_limit_bounds_it(
+    said: str, limits: Limits, what: str, fix: str
+) -> None:
+    channel: Any = SimpleNamespace(send=lambda *_, **__: None)
+    messages = Messages(channel, limits)
+    messages.add("ERROR", said)
+    error = messages.error("no plan")
+    assert what in error.what
+    assert said in error.why
+    assert re.search(fix, error.fix)
+
+
+def test_another_refusal_is_no_lack_of_memory() -> None:
+    channel: Any = SimpleNamespace(send=lambda *_, **__: None)
+    messages = Messages(channel)
+    messages.add("ERROR", "Network validation failed.")
+    assert messages.error("no plan", "look at it").fix == "look at it"
+
+
+def test_a_library_that_waits_for_ever_is_ended(monkeypatch: Any) -> None:
+    """As TensorRT-RTX does when a thread of its own cannot be started."""
+    said: list[Any] = []
+    ended = threading.Event()
+
+    def end(status: int) -> None:
+        assert status == 0
+        ended.set()
+
+    monkeypatch.setattr("os._exit", end)
+    channel: Any = SimpleNamespace(send=lambda *a, **v: said.append((a, v)))
+    error = Limits(samples=3).host_error("it waits")
+    with Watch(channel, error, seconds=1.0):
+        for _ in range(20):  # it is at work
+            sum(range(500_000))
+        assert not said
+        assert ended.wait(10)
+    assert said[0][1]["what"] == "the build ran out of memory"
 
 
 STOPPED = """

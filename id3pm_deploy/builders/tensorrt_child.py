@@ -9,6 +9,7 @@ name, and no version number is compared.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -30,11 +31,13 @@ from .recipe import CURRENT_GPU, EngineRecipe
 from .tensorrt_config import add_profile, input_shapes, set_options
 from .tensorrt_events import (
     Channel,
+    Limits,
     Messages,
     Phases,
+    Watch,
     make_logger,
     make_monitor,
-    out_of_memory,
+    send_error,
 )
 from .timing_cache import TimingCache, timing_cache_path
 
@@ -118,6 +121,11 @@ def parse_graph(
     if parsed and not refusals and network.num_outputs:
         return parser
     texts = dict.fromkeys(_refusal(error) for error in refusals)
+    memory = messages.limits.memory_error(
+        "; ".join(dict.fromkeys([*texts, *messages.errors]))
+    )
+    if memory is not None:
+        raise memory
     named = dict.fromkeys(filter(None, (error.node_name() for error in refusals)))
     raise BuildError(
         f"{trt.__name__} {trt.__version__} cannot parse the graph"
@@ -164,7 +172,7 @@ def build(recipe: EngineRecipe, graph: Path, plan: Path, channel: Channel) -> No
     device: Device | None = find_device()
     check_gpu(recipe, device)
     began = time.monotonic()
-    messages = Messages(channel)
+    messages = Messages(channel, _limits(recipe))
     logger = make_logger(trt, messages)
     opt = recipe.profiles[-1]
     with PeakMemory(device) as memory:
@@ -198,6 +206,11 @@ def build(recipe: EngineRecipe, graph: Path, plan: Path, channel: Channel) -> No
         channel.send("built", **event)
 
 
+def _limits(recipe: EngineRecipe, workspace: int | None = None) -> Limits:
+    samples = max(profile.samples[2] for profile in recipe.profiles)
+    return Limits(samples, workspace, len(recipe.compute_capabilities))
+
+
 def _config(
     trt: Any,
     builder: tensorrt.Builder,
@@ -209,6 +222,7 @@ def _config(
     """The recipe's settings and profiles, and who is told of the progress."""
     config = builder.create_builder_config()
     free = device.free_bytes() if device is not None else None
+    messages.limits = _limits(recipe, recipe.workspace_limit(free))
     set_options(trt, config, recipe, free)
     for profile in recipe.profiles:
         add_profile(builder, network, config, profile, messages)
@@ -237,7 +251,11 @@ def _build(
     path = timing_cache_path(trt.__name__, str(trt.__version__), gpu)
     timings = TimingCache(path)
     timings.load(config)
-    data = builder.build_serialized_network(network, config)
+    with contextlib.ExitStack() as stack:
+        if device is None:
+            stalled = messages.limits.host_error("TensorRT waits and does nothing")
+            stack.enter_context(Watch(messages.channel, stalled))
+        data = builder.build_serialized_network(network, config)
     if data is None:
         raise messages.error(f"{trt.__name__} {trt.__version__} could not build a plan")
     timings.save(config)
@@ -270,11 +288,6 @@ def _read_line() -> bytes:
     return bytes(line)
 
 
-def _send_error(channel: Channel, error: Id3pmError) -> None:
-    texts = {"what": error.what, "why": error.why, "fix": error.fix}
-    channel.send("error", kind=type(error).__name__, **texts)
-
-
 def main() -> None:
     """Serve one request and end the process.
 
@@ -289,8 +302,8 @@ def main() -> None:
         recipe = dataclass_from_mapping(EngineRecipe, request["recipe"], "request")
         build(recipe, Path(request["graph"]), Path(request["plan"]), channel)
     except Id3pmError as error:
-        _send_error(channel, error)
+        send_error(channel, error)
     except MemoryError:
-        _send_error(channel, out_of_memory("the machine's memory ran out"))
+        send_error(channel, Limits().host_error("an allocation in Python failed"))
     sys.stderr.flush()
     os._exit(0)

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BuildError
+from ..errors import BuildError, Id3pmError
 
 if TYPE_CHECKING:
     import tensorrt
@@ -20,18 +20,31 @@ _PROFILE_PHASE = "Computing profile costs"
 _KEPT_MESSAGES = 20
 _SECONDS_BETWEEN_EVENTS = 0.05
 
+SECONDS_OF_REST = 60.0
+_SECONDS_BETWEEN_LOOKS = 0.5
+_LEAST_WORK = 0.02
+"""Share of a processor that a process at work uses."""
+
+_NO_KERNEL = "find any implementation"
+"""What TensorRT says of a node when no kernel fits into its workspace."""
+
 _MEMORY = (
     "out of memory",
     "outofmemory",
     "bad_alloc",
     "insufficient memory",
-    "find any implementation",
+    "myelin_tensor.h:47: check(p) failed",
+    "resource temporarily unavailable",
 )
-"""What a message of TensorRT holds, in lower case, when memory was short.
+"""What a message holds, in lower case, when an allocation failed.
 
-The last one names a node, and nearly always means that no kernel fitted in the
-workspace.
+The last two are TensorRT-RTX's words for one that it does not check, and for a thread
+that cannot be started. They and the two before ``insufficient memory`` were seen when
+its memory was limited; the others are documented, and of GPUs.
 """
+
+_DEVICE = ("cuda", "gpu", "device memory")
+"""What such a message holds if the memory was the GPU's."""
 
 _HINTS = {
     "turing": "compute capability 7.5 has no float32 matrix products in TensorRT-RTX; "
@@ -42,14 +55,60 @@ _HINTS = {
 """What a message of TensorRT holds, in lower case, to what can be done."""
 
 
-def out_of_memory(why: str) -> BuildError:
-    """The error for a build that wanted more memory than there is."""
-    return BuildError(
-        "the build ran out of memory",
-        why=why,
-        fix="close other programs, or change the recipe: lower the most samples of "
-        "dynamic_samples, workspace_share or workspace_bytes, or optimization_level",
-    )
+@dataclass(frozen=True)
+class Limits:
+    """What bounds the memory of a build, to be named when it was not enough.
+
+    Attributes:
+        samples: Most samples of all profiles.
+        workspace: Bytes that the workspace may have; None if the library decides.
+        capabilities: How many GPUs the plan is for.
+    """
+
+    samples: int = 1
+    workspace: int | None = None
+    capabilities: int = 0
+
+    def memory_error(self, why: str) -> BuildError | None:
+        """The error for what TensorRT said, if memory was the cause."""
+        lower = why.lower()
+        if _NO_KERNEL in lower:
+            return self._no_kernel(why)
+        if not any(needle in lower for needle in _MEMORY):
+            return None
+        if any(needle in lower for needle in _DEVICE):
+            return self._device(why)
+        return self.host_error(why)
+
+    def _no_kernel(self, why: str) -> BuildError:
+        what = "no kernel fits into the memory that TensorRT may work in"
+        if self.workspace is None:
+            fix = f"free memory on the GPU, or {self._fewer_samples()}"
+            return BuildError(what, why=why, fix=fix)
+        size = f"{self.workspace / (1 << 20):.0f} MiB"
+        fix = f"raise workspace_bytes or workspace_share: the limit is {size}"
+        return BuildError(what, why=why, fix=fix)
+
+    def _device(self, why: str) -> BuildError:
+        size = "not set"
+        if self.workspace is not None:
+            size = f"{self.workspace / (1 << 20):.0f} MiB"
+        return BuildError(
+            "the build ran out of GPU memory",
+            why=why,
+            fix=f"lower workspace_bytes (now {size}) in the recipe, or "
+            + self._fewer_samples(),
+        )
+
+    def host_error(self, why: str) -> BuildError:
+        """The error for a build that ran out of the machine's memory."""
+        fix = f"close other programs, or {self._fewer_samples()}"
+        if self.capabilities > 1:
+            fix += f", or name fewer compute_capabilities (now {self.capabilities})"
+        return BuildError("the build ran out of memory", why=why, fix=fix)
+
+    def _fewer_samples(self) -> str:
+        return f"build for fewer samples at a time (now up to {self.samples})"
 
 
 class Channel:
@@ -76,6 +135,7 @@ class Messages:
     """What TensorRT said, errors and warnings, each text once."""
 
     channel: Channel
+    limits: Limits = Limits()
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -90,10 +150,56 @@ class Messages:
     def error(self, what: str, fix: str = "") -> BuildError:
         """A :class:`BuildError` whose cause is what TensorRT said."""
         why = "; ".join(self.errors)
-        if any(needle in why.lower() for needle in _MEMORY):
-            return out_of_memory(f"{what}: {why}")
+        memory = self.limits.memory_error(why)
+        if memory is not None:
+            return memory
         hints = [hint for needle, hint in _HINTS.items() if needle in why.lower()]
         return BuildError(what, why=why, fix=(hints or [fix])[0])
+
+
+class Watch:
+    """Ends this process when nothing has worked in it for a while.
+
+    TensorRT-RTX waits for ever for a thread that could not be started for want of
+    memory, and says nothing. To be used where the GPU has no part in the build: who
+    waits for one uses no processor time either.
+
+    Args:
+        channel: Who is told, before the process ends.
+        error: What is told.
+        seconds: How long nothing may happen.
+    """
+
+    def __init__(
+        self, channel: Channel, error: BuildError, seconds: float = SECONDS_OF_REST
+    ) -> None:
+        self._channel, self._error, self._seconds = channel, error, seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        rested, before = 0.0, time.process_time()
+        while rested < self._seconds:
+            if self._stop.wait(_SECONDS_BETWEEN_LOOKS):
+                return
+            now = time.process_time()
+            worked = now - before > _LEAST_WORK * _SECONDS_BETWEEN_LOOKS
+            rested, before = 0.0 if worked else rested + _SECONDS_BETWEEN_LOOKS, now
+        send_error(self._channel, self._error)
+        os._exit(0)
+
+
+def send_error(channel: Channel, error: Id3pmError) -> None:
+    """Tell the parent why there will be no plan."""
+    texts = {"what": error.what, "why": error.why, "fix": error.fix}
+    channel.send("error", kind=type(error).__name__, **texts)
 
 
 class Phases:
