@@ -381,9 +381,18 @@ def test_both_sides_are_named() -> None:
 
 def test_what_a_manifest_says_cannot_fill_the_screen() -> None:
     long = "x" * 10_000
-    entry = plain(gpu_name=long, version=long, cuda=f"12.{long}", target=long)
-    error = problem(entry, with_plain(HOPPER)).error()
-    assert len(str(error)) < 2_000
+    entries = [
+        plain(gpu_name=long, version=long, cuda=f"12.{long}", target=long),
+        plain(version="9" * 10_000, version_compatible=True),
+        plain(cuda="9" * 10_000, gpu_name="x"),
+        plain(version="9", settings=settings("h100", export=long)),
+        rtx(compute_capabilities=(long,) * 1_000),
+    ]
+    for entry in entries:
+        for one in (with_plain(HOPPER), with_rtx(ADA), Here()):
+            found = plan_problem(entry, one, Path("my bundle"))
+            assert found is not None
+            assert len(str(found.error())) < 2_000
 
 
 # The commands that put it right.

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import edit_manifest, files_in, new_engine, new_writer, plan_builder
+from bundles import (
+    edit_manifest,
+    files_in,
+    new_engine,
+    new_writer,
+    plan_builder,
+    write_chain,
+)
 from click.testing import CliRunner, Result
 from fakes import EARLY, pretend_here, put_driver, put_tensorrt
 
@@ -25,6 +32,7 @@ from id3pm_deploy.bundle.ledger import record_plan, why_not_built_here
 from id3pm_deploy.cli import main
 from id3pm_deploy.doctor.probes import tiny_graph
 from id3pm_deploy.errors import EngineError
+from id3pm_deploy.models import open_model, with_fresh_plans
 from id3pm_deploy.preflight import Gpu, Here, rebuild_if_stale
 from id3pm_deploy.preflight.commands import entry_recipe, recipe_toml
 from id3pm_deploy.recipes import load_recipe, recipe_names
@@ -282,6 +290,27 @@ def test_what_is_still_missing_is_said_afterwards(
     assert "building it again" in result.stderr
     assert "cannot run here: there is no NVIDIA driver" in result.stderr
     assert plans(stale)["rtx"].version == "1.8"
+
+
+def test_a_second_stage_is_opened_again_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_chain(tmp_path / "b")
+
+    def rebuild(path: Path, stage: str, precision: str | None, **_: Any) -> bool:
+        asked.append((stage, precision))
+        edit_manifest(path, lambda m: m["engines"][1].update(version="new"))
+        return True
+
+    asked: list[tuple[str, str | None]] = []
+    monkeypatch.setattr("id3pm_deploy.preflight.rebuild_if_stale", rebuild)
+    second = open_model(tmp_path / "b").second_stage
+    assert second is not None
+    again = with_fresh_plans(second, "tensorrt", "float16", print)
+    assert asked == [("super_resolution", "float16")]
+    assert (again.stage, again.spec) == (second.stage, second.spec)
+    assert again.bundle is not None
+    assert again.bundle.manifest.engines[1].version == "new"
 
 
 def test_without_a_plan_to_use_it_says_that_there_is_nothing_to_do(

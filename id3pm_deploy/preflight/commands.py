@@ -14,6 +14,9 @@ from ..errors import Id3pmError, RecipeError
 from ..recipes import dataclass_from_mapping, load_recipe, recipe_names
 from .machine import Here
 
+_MOST = 1000
+"""Characters of a command that is still worth typing."""
+
 
 def entry_recipe(entry: EngineEntry) -> EngineRecipe:
     """The recipe that an engine was built with, ``--set`` included.
@@ -75,18 +78,19 @@ def rebuild_command(entry: EngineEntry, bundle: Path | None) -> str:
         bundle: Its BUNDLE; None for a placeholder.
     """
     where = "BUNDLE" if bundle is None else shlex.quote(str(bundle))
-    words = ["id3pm-deploy build-engine", where, "--target"]
+    build = f"id3pm-deploy build-engine {where} --target"
     try:
         recipe, usual = entry_recipe(entry), _named_recipe(entry.target)
     except Id3pmError:
-        return " ".join([*words, "FILE.toml"])
-    words.append(shlex.quote(entry.target))
+        return f"{build} FILE.toml"
+    words = [build, shlex.quote(entry.target)]
     for name, value in dataclasses.asdict(recipe).items():
         if name == "summary" or value is None:
             continue
         if value != getattr(usual, name):
             words += ["--set", shlex.quote(f"{name}={_toml(value)}")]
-    return " ".join(words)
+    command = " ".join(words)
+    return command if len(command) <= _MOST else f"{build} FILE.toml"
 
 
 def fitting_targets(here: Here, precision: str) -> list[str]:

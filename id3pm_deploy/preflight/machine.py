@@ -25,7 +25,7 @@ from ..errors import MissingPackageError
 LIMIT_SECONDS = 60.0
 """For each question; a driver that has to wake many GPUs takes its time."""
 
-_RELEASE = re.compile(r"\d+(\.\d+)*")
+_RELEASE = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9}){0,7}(?![0-9])")
 
 
 @dataclass(frozen=True)
