@@ -184,13 +184,28 @@ def test_on_a_jetson_tensorrt_comes_from_apt(tmp_path: Path) -> None:
 
 def test_a_builder_says_how_its_library_is_installed(tmp_path: Path) -> None:
     site(tmp_path / "site", CORE)
-    with pytest.raises(MissingPackageError, match="'tensorrt'") as caught:
+    with pytest.raises(MissingPackageError, match="'tensorrt', which is not") as caught:
         require_flavour("tensorrt", host(tmp_path))
     assert caught.value.fix == "pip install 'tensorrt>=10.3'"
     jetson(tmp_path)
-    with pytest.raises(MissingPackageError, match="'tensorrt'") as caught:
+    with pytest.raises(MissingPackageError, match="'tensorrt', which is not") as caught:
         require_flavour("tensorrt", host(tmp_path))
     assert caught.value.fix == "sudo apt install python3-libnvinfer"
+
+
+@pytest.mark.parametrize(
+    "line", ["import libnvinfer_is_not_here", "raise OSError('libnvinfer.so.10: no')"]
+)
+def test_a_library_that_is_there_and_broken_is_installed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    put(tmp_path / "site", {"tensorrt/__init__.py": line + "\n"})
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    jetson(tmp_path)
+    with pytest.raises(MissingPackageError, match="cannot be imported") as caught:
+        require_flavour("tensorrt", host(tmp_path))
+    assert "libnvinfer" in caught.value.why
+    assert caught.value.fix == "sudo apt install --reinstall python3-libnvinfer"
 
 
 def test_the_real_driver_and_libraries_are_asked(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import MissingPackageError
+from ..errors import MissingPackageError, first_line
 from ..optional import require
 from .host import Host
 from .machine import jetson_facts
@@ -92,12 +92,19 @@ def require_flavour(flavour: str, host: Host | None = None) -> Any:
         host: The machine; None is this one.
 
     Raises:
-        MissingPackageError: It cannot be imported; the error says how it is installed
-            on this machine, which on a Jetson is not pip.
+        MissingPackageError: It is not there, or it is and cannot be imported; the error
+            says how it is installed on this machine, which on a Jetson is not pip.
     """
     try:
         return require(flavour, extra=EXTRAS[flavour])
-    except MissingPackageError as error:
+    except (MissingPackageError, OSError) as error:
+        cause = error.__cause__ or error
+        absent = isinstance(cause, ModuleNotFoundError) and cause.name == flavour
         packages = Packages(host or Host())
-        fix = install_fix(flavour, packages, jetson_facts(packages.host))
-        raise MissingPackageError(error.what, why=error.why, fix=fix) from error
+        jetson = jetson_facts(packages.host)
+        raise MissingPackageError(
+            f"this needs the Python module {flavour!r}, which "
+            + ("is not installed" if absent else "cannot be imported"),
+            why=first_line(cause),
+            fix=install_fix(flavour, packages, jetson, again=not absent),
+        ) from error
