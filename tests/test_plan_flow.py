@@ -20,8 +20,11 @@ from models import contents
 from id3pm_deploy.builders import onnx as onnx_module
 from id3pm_deploy.builders import tensorrt as tensorrt_module
 from id3pm_deploy.builders.build import build_engine
+from id3pm_deploy.builders.cache import PlanCache
 from id3pm_deploy.builders.onnx import ExportedGraph
 from id3pm_deploy.builders.plan_key import Builder
+from id3pm_deploy.builders.recipe import EngineRecipe
+from id3pm_deploy.builders.tensorrt import build_plan
 from id3pm_deploy.bundle import EngineEntry, open_bundle
 from id3pm_deploy.bundle.migrate import migrate_bundle
 from id3pm_deploy.bundle.trust import plan_trust
@@ -29,6 +32,7 @@ from id3pm_deploy.bundle.writer import BundleWriter
 from id3pm_deploy.cli import main
 from id3pm_deploy.errors import BuildError
 from id3pm_deploy.files import ScratchFile
+from id3pm_deploy.recipes import load_recipe
 from id3pm_deploy.selftest import load_golden
 
 SETTINGS = ("--set", "export=float32", "--set", "precision=float32")
@@ -188,6 +192,33 @@ def test_a_changed_checkpoint_is_another_plan(
     check_plan(tmp_path / "anew")
     check_plan(tmp_path / "mine.bundle")
     assert plan_fakes.spawns() == 2
+
+
+def test_a_graph_that_changes_while_its_plan_is_built(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the old plan nor the new one is kept under the old graph's name."""
+    recipe = load_recipe(
+        "engines", "rtx", EngineRecipe, ("precision=float32", "export=float32")
+    )
+    opened = open_bundle(bundle)
+    graph, link = tmp_path / "g.onnx", tmp_path / "link.onnx"
+    graph.write_bytes(opened.read(opened.manifest.graphs[0].file))
+    link.symlink_to(graph)
+
+    def run_child(*arguments: Any) -> dict[str, Any]:
+        graph.write_bytes(graph.read_bytes() + ANOTHER)
+        return plan_fakes.run_child(*arguments)
+
+    cache, file = PlanCache.default(), tmp_path / "plan"
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt_module, "_run_child", run_child)
+        with pytest.raises(BuildError, match="has changed while its plan was built"):
+            build_plan(link, recipe, cache, file)
+    assert cache.entries() == []
+    assert not file.exists()
+    plan = build_plan(link, recipe, cache, file)
+    assert [one.key for one in cache.entries()] == [plan.plan_key]
 
 
 def test_another_library_is_another_plan(

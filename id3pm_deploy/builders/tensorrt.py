@@ -116,12 +116,19 @@ def build_plan(
         )
     if not graph.is_file():
         raise BuildError(f"there is no graph {graph}", fix="export it first")
+    if _descriptor(graph) is None:
+        graph = graph.resolve()  # weights lie beside the file, not beside a link to it
     _remove_dead_folders(Path(tempfile.gettempdir()))
     builder = builder_here(recipe)
     key = "" if builder is None else plan_key(graph, recipe, builder)
 
     def build() -> dict[str, Any]:
-        return dataclasses.asdict(_built(graph, recipe, file, key))
+        built = _built(graph, recipe, file, key)
+        if builder is not None and plan_key(graph, recipe, builder) != key:
+            raise BuildError(
+                f"{graph} has changed while its plan was built", fix="build it again"
+            )
+        return dataclasses.asdict(built)
 
     with _removed_after_failure(file):
         if cache is None or not key:
@@ -145,7 +152,8 @@ def _built(graph: Path, recipe: EngineRecipe, file: Path, key: str) -> BuiltPlan
             "plan": os.path.abspath(file),
             "recipe": dataclasses.asdict(recipe),
         }
-        files = tuple(filter(None, map(_descriptor, (graph, file))))
+        found = map(_descriptor, (graph, file))
+        files = tuple(descriptor for descriptor in found if descriptor is not None)
         with progress(len(recipe.profiles), "build plan") as tick:
             built = _run_child(request, work, tick, files)
     return BuiltPlan(
