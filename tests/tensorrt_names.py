@@ -128,6 +128,18 @@ class _Names(ast.NodeVisitor):
         self._assigned(node.target, node.iter)
         self.generic_visit(node)
 
+    def _comprehension(
+        self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
+    ) -> None:
+        for each in node.generators:
+            self._assigned(each.target, each.iter)
+        self.generic_visit(node)
+
+    visit_ListComp = _comprehension
+    visit_SetComp = _comprehension
+    visit_GeneratorExp = _comprehension
+    visit_DictComp = _comprehension
+
     def visit_With(self, node: ast.With) -> None:
         for item in node.items:
             if item.optional_vars is not None:

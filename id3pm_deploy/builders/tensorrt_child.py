@@ -5,6 +5,14 @@ standard input, events as lines of JSON on standard output. Standard input stays
 when it closes, the parent is gone and so is this process. One code path serves
 ``tensorrt`` 10.3 to 11.4 and ``tensorrt_rtx``: what they do not share is looked for by
 name, and no version number is compared.
+
+A build is stopped by ending this process. A progress monitor that returns False stops
+TensorRT too, but is asked between two steps only, of which the longest lasts as long as
+the kernels of a whole profile. Of an 85 MB network with TensorRT-RTX 1.7.1 on two
+cores, builds ended 0.05 to 0.25 s after such a request, 0.03 to 0.07 s after a kill;
+the steps grow with the network, the other does not. The process holds nothing that
+would have to be put away: the plan is written where the parent removes it, and locks go
+with it.
 """
 
 from __future__ import annotations

@@ -6,15 +6,20 @@ Called in the process that builds. ``trt`` is the module, ``tensorrt`` or
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BuildError
 from .precision import InputShapes
 from .recipe import CURRENT_GPU, EngineRecipe, Profile
 from .tensorrt_events import Messages
 
+if TYPE_CHECKING:
+    import tensorrt
 
-def input_shapes(network: Any, samples: int, rows: int) -> InputShapes:
+
+def input_shapes(
+    network: tensorrt.INetworkDefinition, samples: int, rows: int
+) -> InputShapes:
     """Shapes of the network's inputs for B samples and R UNet rows.
 
     The graph names its dynamic dimensions B and R.
@@ -51,7 +56,11 @@ def input_shapes(network: Any, samples: int, rows: int) -> InputShapes:
 
 
 def add_profile(
-    builder: Any, network: Any, config: Any, profile: Profile, messages: Messages
+    builder: tensorrt.Builder,
+    network: tensorrt.INetworkDefinition,
+    config: tensorrt.IBuilderConfig,
+    profile: Profile,
+    messages: Messages,
 ) -> None:
     """Add one optimisation profile.
 
@@ -75,7 +84,10 @@ def add_profile(
 
 
 def set_options(
-    trt: Any, config: Any, recipe: EngineRecipe, free_bytes: int | None
+    trt: Any,
+    config: Any,
+    recipe: EngineRecipe,
+    free_bytes: int | None,
 ) -> None:
     """Put the recipe's settings, and no TF32, into an ``IBuilderConfig``.
 
@@ -125,7 +137,10 @@ _FLAGS = {
 
 
 def _set_workspace(
-    trt: Any, config: Any, recipe: EngineRecipe, free_bytes: int | None
+    trt: Any,
+    config: tensorrt.IBuilderConfig,
+    recipe: EngineRecipe,
+    free_bytes: int | None,
 ) -> None:
     limit = recipe.workspace_limit(free_bytes)
     if limit is None:
@@ -137,7 +152,9 @@ def _set_workspace(
         raise _dropped(trt, "workspace", limit, found)
 
 
-def _set_attribute(trt: Any, config: Any, key: str, name: str, value: int) -> None:
+def _set_attribute(
+    trt: Any, config: tensorrt.IBuilderConfig, key: str, name: str, value: int
+) -> None:
     if not hasattr(config, name):
         raise _lacking(trt, key, name)
     setattr(config, name, value)
@@ -146,7 +163,7 @@ def _set_attribute(trt: Any, config: Any, key: str, name: str, value: int) -> No
         raise _dropped(trt, key, value, found)
 
 
-def _set_flag(trt: Any, config: Any, key: str, name: str) -> None:
+def _set_flag(trt: Any, config: tensorrt.IBuilderConfig, key: str, name: str) -> None:
     flag = getattr(trt.BuilderFlag, name, None)
     if flag is None:
         raise _lacking(trt, key, f"BuilderFlag.{name}")
@@ -155,7 +172,7 @@ def _set_flag(trt: Any, config: Any, key: str, name: str) -> None:
         raise _dropped(trt, key, True, False)
 
 
-def _set_compatibility(trt: Any, config: Any, wanted: str) -> None:
+def _set_compatibility(trt: Any, config: tensorrt.IBuilderConfig, wanted: str) -> None:
     key, name = "hardware_compatibility", wanted.upper()
     levels = getattr(trt, "HardwareCompatibilityLevel", None)
     level = getattr(levels, name, None)
