@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import EARLY, LATE, put_driver, put_tensorrt
+from fakes import EARLY, LATE, library_path, put_driver, put_tensorrt
 
 import id3pm_deploy
 from id3pm_deploy.builders.build import export_bundle
@@ -64,7 +64,7 @@ class Device:
         """Run the command line there."""
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder / "home")}
         if self.libraries is not None:
-            environment["LD_LIBRARY_PATH"] = str(self.libraries)
+            environment["LD_LIBRARY_PATH"] = library_path(self.libraries)
         return subprocess.run(
             [self.python, "-m", "id3pm_deploy", *map(str, arguments)],
             cwd=self.folder,

@@ -12,7 +12,7 @@ import pytest
 from bundles import edit_manifest, new_engine, new_writer, with_plan
 from click.testing import CliRunner, Result
 from doctor_fakes import CORE, cuda, host, prober, put, site
-from fakes import EARLY, pretend_here, put_driver, put_tensorrt
+from fakes import EARLY, library_path, pretend_here, put_driver, put_tensorrt
 
 from id3pm_deploy.builders.recipe import EngineRecipe
 from id3pm_deploy.bundle import EngineEntry, open_bundle
@@ -213,7 +213,7 @@ def test_the_real_driver_and_libraries_are_asked(
 ) -> None:
     put_tensorrt(tmp_path / "site", tell=tmp_path / "imported")
     library = put_driver(tmp_path / "lib", "Orin", "8.7", 8)
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(library))
+    monkeypatch.setenv("LD_LIBRARY_PATH", library_path(library))
     monkeypatch.syspath_prepend(tmp_path / "site")
     found = here(("tensorrt",))
     assert found.gpus == (Gpu("Orin", "8.7", 8, 8 << 30, True),)

@@ -23,7 +23,7 @@ from bundles import (
     write_chain,
 )
 from click.testing import CliRunner, Result
-from fakes import EARLY, pretend_here, put_driver, put_tensorrt
+from fakes import EARLY, library_path, pretend_here, put_driver, put_tensorrt
 
 from id3pm_deploy.builders import engine_entries, tensorrt
 from id3pm_deploy.builders.recipe import EngineRecipe
@@ -403,7 +403,7 @@ def test_tensorrt_never_sees_a_refused_plan(
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
-            "LD_LIBRARY_PATH": str(libraries),
+            "LD_LIBRARY_PATH": library_path(libraries),
         },
         capture_output=True,
         text=True,

@@ -6,6 +6,7 @@ tested by them.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -61,7 +62,7 @@ def put_driver(
 ) -> Path:
     """Write a ``libcuda.so.1`` with one GPU; returns its folder.
 
-    A process finds it with that folder in ``LD_LIBRARY_PATH``. The test is skipped
+    A process finds it with :func:`library_path` of that folder. The test is skipped
     where there is no C compiler.
     """
     compiler = shutil.which("cc") or shutil.which("gcc")
@@ -82,6 +83,12 @@ def put_driver(
     command += ["-o", str(folder / "libcuda.so.1")]
     subprocess.run(command, check=True, timeout=60)
     return folder
+
+
+def library_path(folder: Path) -> str:
+    """``LD_LIBRARY_PATH`` with that folder first."""
+    before = os.environ.get("LD_LIBRARY_PATH")
+    return os.pathsep.join(filter(None, (str(folder), before)))
 
 
 def pretend_here(monkeypatch: pytest.MonkeyPatch, machine: Here) -> None:
