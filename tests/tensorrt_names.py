@@ -23,9 +23,12 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
+
+from id3pm_deploy.builders.recipe import EngineRecipe
+from id3pm_deploy.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "tests" / "tensorrt-names.json"
@@ -80,7 +83,19 @@ def names_used() -> tuple[set[str], set[str]]:
         found = _Names(ast.parse(path.read_text()))
         used |= found.used
         probed |= found.probed
-    return used, probed
+    return used | composed_names(), probed | composed_names()
+
+
+def composed_names() -> set[str]:
+    """Names that are put together from what recipes say, and then asked for."""
+    kinds = get_type_hints(EngineRecipe)["hardware_compatibility"]
+    found = {str(kind).upper() for kind in get_args(kinds) if kind != "none"}
+    for path in sorted((ROOT / "engines").glob("*.toml")):
+        recipe = load_recipe("engines", path.stem, EngineRecipe)
+        if recipe.flavour == "tensorrt_rtx":
+            numbers = (each.replace(".", "") for each in recipe.compute_capabilities)
+            found |= {f"SM{number}" for number in numbers}
+    return found
 
 
 class _Names(ast.NodeVisitor):

@@ -384,6 +384,88 @@ def test_the_same_code_builds_with_a_library_of_fewer_names(
     assert (tmp_path / "plan").read_bytes()[:4] == b"vtrt"
 
 
+ON_A_GPU = """
+import id3pm_deploy.builders.tensorrt_child as child
+import tensorrt_rtx as other
+for name in dir(other):
+    if name not in ("ComputeCapability", "__name__"):
+        globals()[name] = getattr(other, name)
+
+class Device:
+    facts = {{
+        "name": "NVIDIA Made Up",
+        "compute_capability": "{capability}",
+        "multiprocessors": 8,
+        "cuda": "12.6",
+    }}
+    free = 8 << 30
+
+    def free_bytes(self):
+        return self.free
+
+    def reader(self):
+        return self.less
+
+    def less(self):
+        self.free -= 1 << 20
+        return self.free
+
+child.find_device = Device
+"""
+
+
+def test_a_build_on_a_gpu_says_on_which_and_what_it_took(
+    trt: Any, library: Library, build: Build, own_cache: Path
+) -> None:
+    library(ON_A_GPU.format(capability="8.7"))
+    plan = build(
+        graph_bytes(), dataclasses.replace(FAKE, compute_capabilities=("8.7",))
+    )
+    assert (plan.gpu_name, plan.compute_capability) == ("NVIDIA Made Up", "8.7")
+    assert (plan.multiprocessors, plan.cuda) == (8, "12.6")
+    assert plan.peak_device_memory_bytes
+    assert plan.peak_device_memory_bytes >= 1 << 20
+    assert plan.plan_types == {}, "there is no driver to load it"
+    assert plan.warnings == ()
+    name = f"tensorrt-{trt.__version__}-NVIDIA_Made_Up-8.7-8.cache"
+    assert (own_cache / "id3pm-deploy" / "timings" / name).stat().st_size > 0
+
+
+def test_a_crash_while_the_plan_is_looked_at_does_not_lose_it(
+    trt: Any, library: Library, build: Build, tmp_path: Path, own_cache: Path
+) -> None:
+    library(
+        ON_A_GPU.format(capability="8.7")
+        + "import os\ndef Runtime(logger): os.kill(os.getpid(), 11)\n"
+    )
+    plan = build(graph_bytes(), FAKE)
+    assert (tmp_path / "plan").read_bytes()[:4] == b"vtrt"
+    assert plan.gpu_name == "NVIDIA Made Up"
+    assert plan.plan_types == {}
+
+
+def test_a_plan_for_another_gpu_is_refused_before_anything_is_parsed(
+    trt: Any, library: Library, build: Build
+) -> None:
+    library(ON_A_GPU.format(capability="8.9"))
+    recipe = dataclasses.replace(FAKE, compute_capabilities=("8.7",))
+    with pytest.raises(
+        BuildError, match=r"for GPUs of compute capability 8\.7"
+    ) as caught:
+        build(b"no graph at all", recipe)
+    assert "NVIDIA Made Up with 8.9" in caught.value.why
+    with pytest.raises(BuildError, match="cannot parse"):
+        build(b"no graph", dataclasses.replace(FAKE, compute_capabilities=("current",)))
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder, empty."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV"])
 def test_a_signal_that_ends_the_build_is_named(
     library: Library, temporary: Path, name: str, build: Build

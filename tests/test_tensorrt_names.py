@@ -21,6 +21,8 @@ PROBED = {
     "CURRENT": "a member of it",
     "set_compute_capability": "asked for, as above",
     "num_compute_capabilities": "set where set_compute_capability was found",
+    "SAME_COMPUTE_CAPABILITY": "asked for; a recipe that wants it is refused",
+    **{f"SM{n}": "a member of ComputeCapability" for n in (75, 80, 86, 89, 120)},
     "REQUIRE_USER_ALLOCATION": "asked for; a recipe that wants it is refused",
 }
 
