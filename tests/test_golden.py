@@ -540,13 +540,10 @@ class TestGuidedDiffusion:
     ) -> None:
         """Some numbers of ddim10 are left out: the recording itself is 1.09e-4 off what
         float64 makes of them."""
-        folder = shared / "golden"
-        flags = json.loads((folder / "sr16to64.json").read_text())
-        tensors = torch.load(folder / "sr16to64.pt", weights_only=True)
-        made = convert_guided_diffusion(flags, tensors, NO_IDENTITY, "sr")
+        made, golden = _enlarger(shared)
         assert made.spec.model.low_res_size == 16
         save_checkpoint(tmp_path / "sr", made.spec, made.tensors)
-        request = GoldenRequest(SideRequest(tmp_path / "sr"), folder / "sr16to64.npz")
+        request = GoldenRequest(SideRequest(tmp_path / "sr"), golden)
         report = golden_to_folder(tmp_path / "r", request)
         assert report.passed, report.failures
         worst = report.worst("forward")
@@ -557,6 +554,37 @@ class TestGuidedDiffusion:
             assert one.final_unsaturated is not None
             assert one.final.max_rel <= 1e-4
             assert one.final.count >= 0.95 * 3 * 3 * 64 * 64
+
+    @pytest.mark.slow
+    def test_leaving_numbers_out_hides_no_error(
+        self, shared: Path, tmp_path: Path
+    ) -> None:
+        """One convolution's weights off by a ten-thousandth: forward passes are inside
+        their tolerance, trajectories are not."""
+        made, golden = _enlarger(shared)
+        path = tmp_path / "sr"
+        tensors = dict(made.tensors)
+        name = "unet.up_blocks.0.resnets.1.conv1.weight"
+        tensors[name] = tensors[name] * 1.0001
+        save_checkpoint(path, made.spec, tensors)
+        report = golden_to_folder(
+            tmp_path / "r", GoldenRequest(SideRequest(path), golden)
+        )
+        worst = report.worst("forward")
+        assert worst is not None
+        assert worst.found.max_rel <= 1e-5
+        assert not report.passed
+        for one in report.trajectories:
+            assert one.final.max_rel > 1e-4
+
+
+def _enlarger(shared: Path) -> tuple[Any, Path]:
+    """The recorded super-resolution model, converted, and its golden data."""
+    folder = shared / "golden"
+    flags = json.loads((folder / "sr16to64.json").read_text())
+    tensors = torch.load(folder / "sr16to64.pt", weights_only=True)
+    made = convert_guided_diffusion(flags, tensors, NO_IDENTITY, "sr")
+    return made, folder / "sr16to64.npz"
 
 
 class TestSuperResolution:

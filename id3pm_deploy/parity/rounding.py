@@ -29,7 +29,7 @@ MOST_GAIN = 10.0
 """A row of more gain turns that into more than the tolerance of a step, 1e-5."""
 MOST_LEFT_OUT = 0.05
 """Share of a row's numbers; where it would be more, the row is judged whole."""
-_RUNS = 4
+_RUNS = 8
 _SEED = 20
 
 
