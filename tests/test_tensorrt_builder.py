@@ -23,7 +23,12 @@ import pytest
 
 from id3pm_deploy.builders import tensorrt as builder
 from id3pm_deploy.builders import tensorrt_child as child
-from id3pm_deploy.builders.precision import share_of, type_shares
+from id3pm_deploy.builders.precision import (
+    NodeWork,
+    node_work,
+    share_of,
+    type_shares,
+)
 from id3pm_deploy.builders.recipe import EngineRecipe
 from id3pm_deploy.builders.tensorrt import BuiltPlan, build_plan
 from id3pm_deploy.builders.tensorrt_events import Limits, Messages, Watch
@@ -277,6 +282,15 @@ def test_every_node_the_parser_refuses_is_named(trt: Any, build: Build) -> None:
     assert "node 'node_Det' (Det)" in caught.value.why
 
 
+def test_many_refusals_are_all_told(trt: Any, build: Build) -> None:
+    kinds = tuple(f"Frobnicate{letter}" for letter in "ABCDEFGHIJ")
+    with pytest.raises(BuildError) as caught:
+        build(graph_bytes(operators=kinds), HALF)
+    assert "node_FrobnicateA" in caught.value.what
+    assert "and 6 more" in caught.value.what
+    assert [kind for kind in kinds if f"({kind})" not in caught.value.why] == []
+
+
 @pytest.mark.parametrize("data", [b"", b"no graph at all"])
 def test_what_is_no_graph_is_refused(trt: Any, data: bytes, build: Build) -> None:
     with pytest.raises(BuildError, match="cannot parse"):
@@ -311,6 +325,21 @@ def test_a_build_for_this_gpu_needs_one(trt: Any, build: Build) -> None:
         build(graph_bytes(), recipe)
     assert "driver" in caught.value.why
     assert "compute_capabilities" in caught.value.fix
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_work_of_a_matrix_product(trt: Any, turned: bool) -> None:
+    network = child.make_network(trt, trt.Builder(trt.Logger(trt.ILogger.ERROR)))
+    made: Any = network
+    first = made.add_input("first", trt.float16, (-1, 5, 3) if turned else (-1, 3, 5))
+    second = made.add_input("second", trt.float16, (-1, 5, 7))
+    kinds = trt.MatrixOperation
+    first_kind = kinds.TRANSPOSE if turned else kinds.NONE
+    made.add_matrix_multiply(first, first_kind, second, kinds.NONE).name = "product"
+    shapes = {"first": (2, *first.shape[1:]), "second": (2, 5, 7)}
+    (found,) = node_work(trt, network, shapes)
+    assert found == NodeWork("product", "MATRIX_MULTIPLY", "HALF", 2 * 3 * 7 * 5)
+    assert tuple(first.shape)[:1] == (-1,)
 
 
 def test_networks_are_strongly_typed(trt: Any) -> None:

@@ -58,6 +58,8 @@ class ExecutionContextAllocationStrategy:
     def name(self) -> str: ...
 
 class HardwareCompatibilityLevel:
+    AMPERE_PLUS: typing.ClassVar[HardwareCompatibilityLevel]
+    SAME_COMPUTE_CAPABILITY: typing.ClassVar[HardwareCompatibilityLevel]
     @property
     def name(self) -> str: ...
 
