@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from bundles import GOLDEN
-from fakes import EARLY, LATE, put_driver, put_tensorrt
+from fakes import EARLY, LATE, library_path, put_driver, put_tensorrt
 
 from id3pm_deploy.bundle import open_bundle
 from id3pm_deploy.bundle.migrate import migrate_bundle
@@ -59,7 +59,7 @@ class Bench:
                 **os.environ,
                 **own,
                 "PYTHONPATH": str(library),
-                "LD_LIBRARY_PATH": str(driver),
+                "LD_LIBRARY_PATH": library_path(driver),
             },
             capture_output=True,
             text=True,
