@@ -7,12 +7,13 @@ wheel. A recipe is named (``cpu``) or given as the path of a file of the same fo
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,9 @@ else:  # pragma: no cover - exercised on Python 3.10 only
     import tomli as tomllib
 
 T = TypeVar("T")
+
+_WRAPPED = 3
+"""Lists of more items than this get one line each in a file."""
 
 # The time to parse some TOML grows with the square of its length.
 _MAX_BYTES = 1 << 14
@@ -226,3 +230,36 @@ def _toml_value(text: str, where: str) -> Any:
         fix="write a number, true, false, a word, or a list such as '[1, 2]'; quote "
         "it for the shell",
     )
+
+
+def recipe_text(recipe: Any, comments: Sequence[str] = ()) -> str:
+    """A recipe as TOML that ``load_recipe`` reads back as the same.
+
+    Args:
+        recipe: A dataclass; what is None is left out.
+        comments: Lines that stand above it.
+    """
+    lines = [f"# {line}" for line in comments]
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if value is not None:
+            lines.append(f"{field.name} = {toml_value(value, wrap=_WRAPPED)}")
+    return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Any, wrap: int | None = None) -> str:
+    """A string, number, truth value or list of these as TOML.
+
+    JSON's form of them is TOML's, but for the one control character that JSON leaves as
+    it is.
+
+    Args:
+        value: What to write.
+        wrap: Lists of more items than this get one line each; None for none.
+    """
+    if isinstance(value, tuple | list):
+        items = [toml_value(item) for item in value]
+        if wrap is None or len(items) <= wrap:
+            return f"[{', '.join(items)}]"
+        return "[\n" + "".join(f"    {item},\n" for item in items) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")

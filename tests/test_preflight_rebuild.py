@@ -34,8 +34,8 @@ from id3pm_deploy.doctor.probes import tiny_graph
 from id3pm_deploy.errors import EngineError
 from id3pm_deploy.models import open_model, with_fresh_plans
 from id3pm_deploy.preflight import Gpu, Here, rebuild_if_stale
-from id3pm_deploy.preflight.commands import entry_recipe, recipe_toml
-from id3pm_deploy.recipes import load_recipe, recipe_names
+from id3pm_deploy.preflight.commands import entry_recipe
+from id3pm_deploy.recipes import load_recipe, recipe_names, recipe_text
 
 ADA = Gpu("NVIDIA RTX 4090", "8.9", 128)
 HOPPER = Gpu("NVIDIA H100", "9.0", 132)
@@ -110,7 +110,7 @@ def test_a_recipe_is_read_back_from_its_toml(tmp_path: Path) -> None:
     )
     for recipe in [*recipes, entry_recipe(entry)]:
         path = tmp_path / "one.toml"
-        path.write_text(recipe_toml(recipe), encoding="utf-8")
+        path.write_text(recipe_text(recipe), encoding="utf-8")
         assert load_recipe("engines", str(path), EngineRecipe) == recipe
 
 

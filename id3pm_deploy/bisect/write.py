@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..builders.export_recipe import ExportRecipe
 from ..errors import InputError, OutputError
 from ..files import beside, output_error, temporary_name, write_text
-from ..recipes import load_recipe
+from ..recipes import load_recipe, recipe_text
 
 _SUFFIX = ".toml"
-_WRAPPED = 3
-"""Lists of more items than this get one line each."""
 
 
 def check_recipe_path(path: Path, *, force: bool) -> None:
@@ -46,21 +41,6 @@ def check_recipe_path(path: Path, *, force: bool) -> None:
         raise output_error(path, error) from error
 
 
-def recipe_text(recipe: ExportRecipe, comments: Sequence[str] = ()) -> str:
-    """A recipe as TOML that ``load_recipe`` reads back as the same.
-
-    Args:
-        recipe: What to write.
-        comments: Lines that stand above it.
-    """
-    lines = [f"# {line}" for line in comments]
-    for field in dataclasses.fields(recipe):
-        value = getattr(recipe, field.name)
-        if value is not None:
-            lines.append(f"{field.name} = {_toml(value)}")
-    return "\n".join(lines) + "\n"
-
-
 def save_recipe(
     path: Path, recipe: ExportRecipe, comments: Sequence[str] = (), *, force: bool
 ) -> None:
@@ -72,14 +52,3 @@ def save_recipe(
     check_recipe_path(path, force=force)
     write_text(path, recipe_text(recipe, comments))
     assert load_recipe("export", os.fspath(path), ExportRecipe) == recipe
-
-
-def _toml(value: Any) -> str:
-    """A string, number, truth value or list of these; JSON's form of them is TOML's,
-    but for the one control character that JSON leaves as it is."""
-    if isinstance(value, tuple):
-        items = [_toml(item) for item in value]
-        if len(items) <= _WRAPPED:
-            return f"[{', '.join(items)}]"
-        return "[\n" + "".join(f"    {item},\n" for item in items) + "]"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 from ..builders.recipe import EngineRecipe
 from ..bundle import EngineEntry
 from ..errors import Id3pmError, RecipeError
-from ..recipes import dataclass_from_mapping, load_recipe, recipe_names
+from ..recipes import (
+    dataclass_from_mapping,
+    load_recipe,
+    recipe_names,
+    toml_value,
+)
 from .machine import Here
 
 _MOST = 1000
@@ -55,21 +58,6 @@ def _named_recipe(target: str) -> EngineRecipe:
     return load_recipe("engines", target, EngineRecipe)
 
 
-def recipe_toml(recipe: EngineRecipe) -> str:
-    """A recipe as a TOML file, from which the same recipe is read again."""
-    values = dataclasses.asdict(recipe)
-    lines = [f"{k} = {_toml(v)}" for k, v in values.items() if v is not None]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    """A value as TOML. JSON is TOML for all that a recipe holds, but for one control
-    character that JSON leaves as it is."""
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_toml, value))}]"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
 def rebuild_command(entry: EngineEntry, bundle: Path | None) -> str:
     """The command that builds the plan of ``entry`` again, with the same settings.
 
@@ -88,7 +76,7 @@ def rebuild_command(entry: EngineEntry, bundle: Path | None) -> str:
         if name == "summary" or value is None:
             continue
         if value != getattr(usual, name):
-            words += ["--set", shlex.quote(f"{name}={_toml(value)}")]
+            words += ["--set", shlex.quote(f"{name}={toml_value(value)}")]
     command = " ".join(words)
     return command if len(command) <= _MOST else f"{build} FILE.toml"
 

@@ -15,8 +15,9 @@ from ..bundle import BASE, Bundle, EngineEntry, open_bundle
 from ..doctor.verdicts import build_verdict
 from ..errors import EngineError, RecipeError
 from ..files import write_text
+from ..recipes import recipe_text
 from .choose import stage_plans
-from .commands import entry_recipe, recipe_toml
+from .commands import entry_recipe
 from .machine import Here, here
 from .rules import PlanProblem, plan_problem
 
@@ -148,7 +149,7 @@ def _build(bundle: Bundle, stale: _Stale, recipe: EngineRecipe, say: Say) -> Non
     )
     with tempfile.TemporaryDirectory(prefix="id3pm-recipe-") as folder:
         file = Path(folder) / f"{stale.entry.target}.toml"
-        write_text(file, recipe_toml(recipe))
+        write_text(file, recipe_text(recipe))
         cache = PlanCache.default()
         built = build_engine(bundle.folder, str(file), None, cache=cache)
     for note in built.notes:
