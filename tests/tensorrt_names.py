@@ -7,7 +7,7 @@ library and cannot be imported; TensorRT-RTX can, and is.
 
 A shared object holds many strings that are no names of its API. Counted is a string
 whose address the code loads (``lea``, x86-64), as it must to bind a name with it. Of
-the 1,028 names that importing TensorRT-RTX 1.7.1 shows, this finds all but two: an
+the 1,027 names that importing TensorRT-RTX 1.7.1 shows, this finds all but two: an
 alias made by a template and a property added in Python.
 """
 

@@ -101,13 +101,10 @@ class Nvml(Library):
     """``libnvidia-ml`` of the same machine."""
 
     free = 6 * GIB
-    open = 0
+    opened = 0
 
     def _nvmlInit_v2(self) -> None:
-        self.open += 1
-
-    def _nvmlShutdown(self) -> None:
-        self.open -= 1
+        self.opened += 1
 
     def _nvmlDeviceGetHandleByPciBusId_v2(self, text: Any, where: Any) -> None:
         assert text.value == b"0000:65:00.0"
@@ -149,16 +146,17 @@ def test_what_the_gpu_is() -> None:
 def test_free_memory_in_tensorrts_own_context() -> None:
     cuda, nvml = Cuda(), Nvml()
     assert Device(cuda, nvml).free_bytes() == 5 * GIB
-    assert (cuda.pushed, cuda.retained, nvml.open) == (0, 0, 0)
+    assert (cuda.pushed, cuda.retained) == (0, 0)
 
 
 def test_without_a_context_the_management_library_is_asked() -> None:
     """And none is made: it would take memory of its own."""
     cuda, nvml = Cuda(cuDevicePrimaryCtxRetain=1), Nvml()
     cuda.active = 0
-    assert Device(cuda, nvml).free_bytes() == 6 * GIB
+    device = Device(cuda, nvml)
+    assert device.free_bytes() == device.free_bytes() == 6 * GIB
+    assert nvml.opened == 1, "it takes its time"
     assert Device(cuda).free_bytes() is None
-    assert nvml.open == 0
 
 
 @pytest.mark.parametrize(
@@ -185,7 +183,13 @@ def test_a_management_library_that_does_not_tell(call: str) -> None:
     cuda, nvml = Cuda(), Nvml(**{call: 3})
     cuda.active = 0
     assert Device(cuda, nvml).free_bytes() is None
-    assert nvml.open == 0
+
+
+def test_a_management_library_without_its_functions_is_none() -> None:
+    cuda = Cuda()
+    assert Device(cuda, object()).free_bytes() == 5 * GIB
+    cuda.active = 0
+    assert Device(cuda, object()).free_bytes() is None
 
 
 def test_an_integrated_gpu_has_the_hosts_memory(meminfo: Path) -> None:

@@ -49,6 +49,9 @@ class Device:
         self._device = ctypes.c_int()
         cuda.cuDeviceGet(ctypes.byref(self._device), ctypes.c_int(0))
         self.integrated: bool = first["integrated"]
+        self._handle: ctypes.c_void_p | None = None
+        with contextlib.suppress(AttributeError):  # a library without the function
+            self._handle = self._on_the_board()
         self.facts: dict[str, Any] = {
             "name": first["name"],
             "compute_capability": first["compute_capability"],
@@ -110,21 +113,23 @@ class Device:
 
     def _board(self) -> int | None:
         """NVML's answer for the GPU with the same place on the PCI bus."""
-        nvml = self._nvml
+        if self._handle is None:
+            return None
+        memory = _NvmlMemory()
+        refused = self._nvml.nvmlDeviceGetMemoryInfo(self._handle, ctypes.byref(memory))
+        return None if refused else int(memory.free)
+
+    def _on_the_board(self) -> ctypes.c_void_p | None:
+        """NVML's handle. NVML stays open: the process ends with the build."""
+        nvml, handle = self._nvml, ctypes.c_void_p()
         if nvml is None or nvml.nvmlInit_v2():
             return None
-        try:
-            handle, memory = ctypes.c_void_p(), _NvmlMemory()
-            name = ctypes.create_string_buffer(_BUS_ID_BYTES)
-            size = ctypes.c_int(_BUS_ID_BYTES)
-            refused = (
-                self._cuda.cuDeviceGetPCIBusId(name, size, self._device)
-                or nvml.nvmlDeviceGetHandleByPciBusId_v2(name, ctypes.byref(handle))
-                or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
-            )
-            return None if refused else int(memory.free)
-        finally:
-            nvml.nvmlShutdown()
+        name = ctypes.create_string_buffer(_BUS_ID_BYTES)
+        size = ctypes.c_int(_BUS_ID_BYTES)
+        refused = self._cuda.cuDeviceGetPCIBusId(
+            name, size, self._device
+        ) or nvml.nvmlDeviceGetHandleByPciBusId_v2(name, ctypes.byref(handle))
+        return None if refused else handle
 
 
 def find_device() -> Device | None:
