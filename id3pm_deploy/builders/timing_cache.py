@@ -1,9 +1,9 @@
 """Timings of kernels, kept from one build to the next on the same GPU.
 
-Plain TensorRT times many kernels for each layer, which is most of a build; with the
-timings at hand the next one takes a fraction. They hold for one version of the library
-and one GPU, so each pair has a file, in the user's cache folder. TensorRT-RTX times
-nothing when it builds and keeps no such file.
+Plain TensorRT times kernels for each layer, which a build that finds the timings need
+not do again. They hold for one version of the library and one GPU, so each pair has a
+file, in the user's cache folder. TensorRT-RTX times nothing when it builds: it has the
+calls, and warns that they do nothing. With a GPU none of this has been run.
 
 The file and its lock (``NAME.lock``, locked as ``polygraphy.util.LockFile`` does) are
 those of Polygraphy's ``load_timing_cache`` and ``save_timing_cache``, so that its tools
