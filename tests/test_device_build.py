@@ -112,11 +112,8 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
 
 
 def orin(folder: Path, multiprocessors: int) -> Path:
-    """A driver with the GPU of an Orin whose memory nobody knows.
-
-    With ``integrated`` it would be the host's, which other tests take and give back.
-    """
-    return put_driver(folder, "Orin", "8.7", multiprocessors, integrated=False)
+    """A driver with the GPU of an Orin, whose memory is the host's."""
+    return put_driver(folder, "Orin", "8.7", multiprocessors, integrated=True)
 
 
 def plan_of(folder: Path) -> EngineEntry:
@@ -182,7 +179,8 @@ def test_a_jetson_adds_its_plan_to_a_bundle(
     assert plan["optimization_level"] == 2
     assert plan["auxiliary_streams"] == 0
     assert plan["hardware_compatibility"] == "NONE"
-    assert plan["pools"] == {"WORKSPACE": 512 << 20}, "the ceiling, as nothing is known"
+    # Memory-safe: a quarter of what is free, up to the ceiling.
+    assert 0 < plan["pools"]["WORKSPACE"] <= 512 << 20
     sizes = [profile["state"][1][1] for profile in plan["profiles"]]
     assert sizes == [1, 1]
     assert [profile["row"][1] for profile in plan["profiles"]] == [[1], [2]]
@@ -228,8 +226,8 @@ def test_without_tensorrt_the_error_says_how_to_get_it(
 ) -> None:
     done = device.run("build-engine", bundle, "--target", "orin-nano")
     assert done.returncode == 1
-    assert "'tensorrt'" in done.stderr
-    assert "pip install" in done.stderr
+    assert "the Python module 'tensorrt', which is not installed" in done.stderr
+    assert "fix: pip install -e '.[tensorrt]' -c constraints.txt" in done.stderr
     assert "Traceback" not in done.stderr
     assert open_bundle(bundle).manifest.plans == ()
 

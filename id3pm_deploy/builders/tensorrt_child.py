@@ -28,9 +28,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..doctor.flavours import require_flavour
 from ..errors import BuildError, Id3pmError, some_of
 from ..files import output_error
-from ..optional import require
 from ..recipes import dataclass_from_mapping
 from .device_memory import Device, PeakMemory, find_device
 from .plan_inspector import ask_for_details, inspect_plan
@@ -51,9 +51,6 @@ from .timing_cache import TimingCache, timing_cache_path
 
 if TYPE_CHECKING:
     import tensorrt
-
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
-"""Module to the extra of this package that brings it."""
 
 
 def check_gpu(recipe: EngineRecipe, device: Device | None) -> None:
@@ -176,7 +173,7 @@ def build(recipe: EngineRecipe, graph: Path, plan: Path, channel: Channel) -> No
         MissingPackageError: The TensorRT of the recipe is not installed.
         OutputError: ``plan`` cannot be written.
     """
-    trt = require(recipe.flavour, extra=EXTRAS[recipe.flavour])
+    trt = require_flavour(recipe.flavour)
     device: Device | None = find_device()
     check_gpu(recipe, device)
     began = time.monotonic()
@@ -203,7 +200,7 @@ def build(recipe: EngineRecipe, graph: Path, plan: Path, channel: Channel) -> No
         "warnings": list(messages.warnings),
         "build_seconds": time.monotonic() - began,
         "peak_memory_bytes": peak_memory_bytes(),
-        "peak_device_memory_bytes": memory.bytes,
+        "peak_device_memory_bytes": memory.bytes or None,
         "gpu": device.facts if device is not None else None,
     }
     channel.send("built", **event)
