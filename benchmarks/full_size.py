@@ -93,7 +93,10 @@ def _export(recipe: str) -> Callable[[Place, int], list[str]]:
 
 
 def _build(target: str) -> Callable[[Place, int], list[str]]:
-    return lambda place, _: ["build-engine", str(place.bundle), "--target", target]
+    def arguments(place: Place, _: int) -> list[str]:
+        return ["build-engine", str(place.bundle), "--target", target, "--no-cache"]
+
+    return arguments
 
 
 def _parity(place: Place, steps: int) -> list[str]:

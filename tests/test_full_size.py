@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from models import tiny_spec
 
+from id3pm_deploy.bundle import open_bundle
 from id3pm_deploy.errors import InputError
 from id3pm_deploy.reference.guided_diffusion import convert_guided_diffusion
 from id3pm_deploy.spec import NO_IDENTITY, DiffusionSpec, IdentitySpec
@@ -21,6 +24,7 @@ _FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(_FOLDER))
 full_size: Any = importlib.import_module("full_size")
 child: Any = importlib.import_module("full_size_child")
+machine: Any = importlib.import_module("machine")
 process_tree: Any = importlib.import_module("process_tree")
 random_model: Any = importlib.import_module("random_model")
 
@@ -148,3 +152,33 @@ def test_dry_run_of_the_import(tmp_path: Path) -> None:
     assert found["bytes_made"] == size > 3e6
     assert found["peak_bytes"] > found["anonymous_bytes"] > 50e6
     assert "| import | " in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX"
+)
+@pytest.mark.skipif(
+    (machine.facts()["memory_gib"] or 0) < 10, reason="needs 10 GiB of memory"
+)
+def test_the_full_size_model_becomes_a_plan(tmp_path: Path) -> None:
+    """Once for real: 295.5 M parameters, imported, exported in float16 and built."""
+    stages = ("import", "export float16", "build rtx")
+    work, results = tmp_path / "work", tmp_path / "results"
+    command = ["--work", str(work), "--results", str(results), "--keep"]
+    for name in stages:
+        command += ["--stage", name]
+    done = CliRunner().invoke(full_size.command, command)
+    assert done.exit_code == 0, done.output
+    kept = json.loads((results / "full-size-identity64-full.json").read_text())
+    for name in stages:
+        assert kept["measured"][name]["status"] == "ok"
+        assert kept["measured"][name]["peak_bytes"] <= full_size.MOST_MEMORY
+    bundle = open_bundle(work / "bundle")
+    (entry,) = bundle.manifest.plans
+    assert bundle.manifest.file_entry(entry.file).size > 590e6
+    work_by_type = entry.layer_types["multiply_accumulates"]["CONVOLUTION"]
+    # 109.7 GMAC a row, R = 8: the convolutions are most of it.
+    assert 8 * 60e9 < work_by_type["HALF"] < 8 * 109.7e9
+    assert work_by_type["HALF"] > 0.99 * sum(work_by_type.values())
+    shutil.rmtree(work)
