@@ -273,6 +273,7 @@ def test_a_version_compatible_plan_is_not_built_here(variants: Variants) -> None
     with pytest.raises(BuildError, match="could not build a plan") as caught:
         variants.build("rtx", "version_compatible=true")
     assert "libnvinfer_lean" in caught.value.why
+    assert "leave out version_compatible" in caught.value.fix
     assert not variants.plan.exists()
 
 

@@ -555,6 +555,7 @@ def test_a_build_without_enough_memory_is_called_that(
 
 
 NO_KERNEL = "Error Code 10: Could not find any implementation for node body"
+TOO_SMALL = "no tactics to choose from within workspace limit"
 GPU_MEMORY = (
     "[defaultAllocator.cpp::allocate] Error Code 1: Cuda Runtime (out of memory)"
 )
@@ -568,6 +569,9 @@ HOST_MEMORY = "Error Code 2: OutOfMemory (Requested size was 84935039 bytes.)"
         (NO_KERNEL, Limits(4), "no kernel fits", "fewer samples .* 4"),
         (GPU_MEMORY, Limits(4, 1 << 30), "of GPU memory", r"lower .* \(now 1024 MiB\)"),
         (GPU_MEMORY, Limits(4), "of GPU memory", r"now not set.*fewer samples"),
+        (TOO_SMALL, Limits(4, 1 << 20), "no kernel fits", "raise workspace_bytes .* 1"),
+        (HOST_MEMORY, Limits(4, 1 << 24), "no kernel fits", "16 MiB, and 81 MiB were"),
+        (HOST_MEMORY, Limits(4, 1 << 30), "ran out of memory", "fewer samples"),
         (HOST_MEMORY, Limits(4), "ran out of memory", r"fewer samples .* 4\)$"),
         (HOST_MEMORY, Limits(4, None, 5), "ran out of memory", "capabilities .now 5"),
         ("Unexpected exception std::bad_alloc", Limits(), "ran out of memory", ""),

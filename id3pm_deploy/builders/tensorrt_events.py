@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from dataclasses import dataclass, field
@@ -25,8 +26,11 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 _LEAST_WORK = 0.02
 """Share of a processor that a process at work uses."""
 
-_NO_KERNEL = "find any implementation"
+_NO_KERNEL = ("find any implementation", "within workspace limit")
 """What TensorRT says of a node when no kernel fits into its workspace."""
+
+_REQUESTED = re.compile(r"requested size was ([0-9]+)")
+"""What it says of memory that it did not get, be it for want or by the limit."""
 
 _MEMORY = (
     "out of memory",
@@ -49,6 +53,8 @@ _DEVICE = ("cuda", "gpu", "device memory")
 _HINTS = {
     "turing": "compute capability 7.5 has no float32 matrix products in TensorRT-RTX; "
     "leave it out of compute_capabilities",
+    "libnvinfer_lean": "install TensorRT's lean runtime, or leave out "
+    "version_compatible",
     "driver version is insufficient": "build where a GPU and its driver are, or name "
     "the compute_capabilities to build for",
 }
@@ -72,21 +78,25 @@ class Limits:
     def memory_error(self, why: str) -> BuildError | None:
         """The error for what TensorRT said, if memory was the cause."""
         lower = why.lower()
-        if _NO_KERNEL in lower:
-            return self._no_kernel(why)
+        wanted = max(map(int, _REQUESTED.findall(lower)), default=0)
+        limited = self.workspace is not None and wanted > self.workspace
+        if limited or any(needle in lower for needle in _NO_KERNEL):
+            return self._no_kernel(why, wanted)
         if not any(needle in lower for needle in _MEMORY):
             return None
         if any(needle in lower for needle in _DEVICE):
             return self._device(why)
         return self.host_error(why)
 
-    def _no_kernel(self, why: str) -> BuildError:
+    def _no_kernel(self, why: str, wanted: int) -> BuildError:
         what = "no kernel fits into the memory that TensorRT may work in"
         if self.workspace is None:
             fix = f"free memory on the GPU, or {self._fewer_samples()}"
             return BuildError(what, why=why, fix=fix)
         size = f"{self.workspace / (1 << 20):.0f} MiB"
         fix = f"raise workspace_bytes or workspace_share: the limit is {size}"
+        if wanted > self.workspace:
+            fix += f", and {wanted / (1 << 20):.0f} MiB were asked for"
         return BuildError(what, why=why, fix=fix)
 
     def _device(self, why: str) -> BuildError:
