@@ -47,6 +47,7 @@ def run_child(
     return {
         "version": "1.0",
         "layer_types": {},
+        "plan_types": {},
         "warnings": [],
         "build_seconds": 1.0,
         "peak_memory_bytes": 1 << 20,

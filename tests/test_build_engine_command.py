@@ -165,7 +165,10 @@ class Shown:
 
 
 def counts(**work: int) -> dict[str, Any]:
-    return {"multiply_accumulates": {"samples": 1, "rows": 2, "CONVOLUTION": work}}
+    return {
+        "source": "parsed network",
+        "multiply_accumulates": {"samples": 1, "rows": 2, "CONVOLUTION": work},
+    }
 
 
 def test_the_table_says_what_was_built() -> None:
@@ -181,20 +184,21 @@ def test_the_table_says_what_was_built() -> None:
         file="rtx.plan",
         compute_capabilities=("8.6", "12.0"),
         layer_types=counts(HALF=998, FLOAT=2),
+        plan_types={"source": "plan", "not_counted": "no GPU is here"},
         build_seconds=9.54,
         peak_memory_bytes=589_000_000,
     )
     lines = _table(Shown(entry))
     assert "built in   9.5 s" in lines
     assert "computes   99.8% float16, 0.2% float32 (parsed network)" in lines
-    assert lines[5].strip().startswith("not counted (plan): ")
+    assert "           plan not counted: no GPU is here" in lines
     assert "took       589 MB on the host" in lines
     assert "GPUs       compute capability 8.6, 12.0" in lines
     assert "self-test  not run: this engine needs its GPU" in lines
     entry = dataclasses.replace(
         entry,
         flavour="tensorrt",
-        plan_types=counts(HALF=1000),
+        plan_types=counts(HALF=1000) | {"source": "plan"},
         peak_device_memory_bytes=2_100_000_000,
         gpu_name="Orin",
         compute_capability="8.7",

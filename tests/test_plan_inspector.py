@@ -186,7 +186,7 @@ def runtime(information: str, **changes: Any) -> tuple[Any, list[Any]]:
     return SimpleNamespace(**names), asked
 
 
-def look(trt: Any) -> tuple[dict[str, Any], str]:
+def look(trt: Any) -> dict[str, Any]:
     logger: Any = None
     return inspect_plan(trt, logger, b"plan", 1, {"x": (2, 8)}, WORK[:1])
 
@@ -194,16 +194,17 @@ def look(trt: Any) -> tuple[dict[str, Any], str]:
 def test_a_plan_is_looked_at_in_the_profile_and_shapes_asked_for() -> None:
     layer = {**CONVOLUTION, "Name": "body [profile 1]"}
     trt, asked = runtime(json.dumps({"Layers": [layer], "Bindings": ["x"]}))
-    found, reason = look(trt)
+    found = look(trt)
     assert found["multiply_accumulates"] == {"CONVOLUTION": {"HALF": 800}}
-    assert reason == ""
+    assert "not_counted" not in found
     assert asked == ["none", (1, 0), ("x", (2, 8))]
 
 
 def test_a_plan_that_cannot_be_loaded_has_a_reason_instead() -> None:
     nothing = SimpleNamespace(deserialize_cuda_engine=lambda plan: None)
     trt, _ = runtime("", Runtime=lambda logger: nothing)
-    assert look(trt) == ({}, "the plan cannot be loaded here")
+    why = "the plan cannot be loaded here"
+    assert look(trt) == {"source": "plan", "not_counted": why}
 
 
 @pytest.mark.parametrize(
@@ -218,14 +219,14 @@ def test_a_plan_that_cannot_be_loaded_has_a_reason_instead() -> None:
 def test_an_account_that_cannot_be_read_has_a_reason_instead(
     text: str, reason: str
 ) -> None:
-    found, why = look(runtime(text)[0])
-    assert found == {}
-    assert reason in why
+    found = look(runtime(text)[0])
+    assert found.keys() == {"source", "not_counted"}
+    assert reason in found["not_counted"]
 
 
 def test_a_library_without_an_inspector() -> None:
-    found, why = look(SimpleNamespace(Runtime=lambda logger: None))
-    assert (found, why) == ({}, "no runtime can be made")
+    found = look(SimpleNamespace(Runtime=lambda logger: None))
+    assert found["not_counted"] == "no runtime can be made"
 
 
 def test_details_are_asked_for_where_a_library_has_them() -> None:

@@ -67,7 +67,7 @@ def inspect_plan(
     profile: int,
     shapes: InputShapes,
     work: Iterable[NodeWork],
-) -> tuple[dict[str, Any], str]:
+) -> dict[str, Any]:
     """Load a plan that was just built and count what it computes in.
 
     Args:
@@ -79,14 +79,19 @@ def inspect_plan(
         work: Multiply-accumulates of the network's nodes at these shapes.
 
     Returns:
-        What :func:`plan_types` returns, and an empty text; where the plan cannot be
-        loaded or inspected here, an empty account and the reason.
+        What :func:`plan_types` returns, or :func:`not_counted` where the plan cannot
+        be loaded or inspected here.
     """
     try:
         text = _inspected(trt, logger, plan, profile, shapes)
-        return plan_types(json.loads(text), work, profile), ""
+        return plan_types(json.loads(text), work, profile)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return {}, first_line(error)
+        return not_counted(first_line(error))
+
+
+def not_counted(reason: str) -> dict[str, Any]:
+    """What is known of a plan that nobody could look into."""
+    return {"source": SOURCE, "not_counted": reason}
 
 
 def _inspected(

@@ -57,8 +57,8 @@ class BuiltPlan:
         warnings: What the library warned of.
         build_seconds: From after the library's import to the finished plan.
         peak_memory_bytes: Most memory of the process that built it.
-        plan_types: The same as ``layer_types`` of the finished plan; empty where no
-            inspector works.
+        plan_types: The same as ``layer_types`` of the finished plan, or why it was
+            ``not_counted``.
         peak_device_memory_bytes: Most memory that the build took on the GPU; None
             where that is unknown.
         gpu_name: The GPU that a plan is bound to; None for portable ones.
@@ -166,7 +166,7 @@ def _built(graph: Path, recipe: EngineRecipe, file: Path, key: str) -> BuiltPlan
         warnings=tuple(built["warnings"]),
         build_seconds=built["build_seconds"],
         peak_memory_bytes=built["peak_memory_bytes"],
-        plan_types=built.get("plan_types", {}),
+        plan_types=built["plan_types"],
         peak_device_memory_bytes=built.get("peak_device_memory_bytes"),
         plan_key=key,
         **_bound_to(recipe, built.get("gpu")),

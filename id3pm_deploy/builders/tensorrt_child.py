@@ -33,7 +33,7 @@ from ..errors import BuildError, Id3pmError, some_of
 from ..files import output_error
 from ..recipes import dataclass_from_mapping
 from .device_memory import Device, PeakMemory, find_device
-from .plan_inspector import ask_for_details, inspect_plan
+from .plan_inspector import ask_for_details, inspect_plan, not_counted
 from .precision import check_precision, count_network, node_work
 from .recipe import CURRENT_GPU, EngineRecipe
 from .tensorrt_config import add_profile, input_shapes, set_options
@@ -195,20 +195,20 @@ def build(recipe: EngineRecipe, graph: Path, plan: Path, channel: Channel) -> No
     event: dict[str, Any] = {
         "version": str(trt.__version__),
         "layer_types": counts,
-        "plan_types": {},
-        "plan_types_reason": "no GPU is here to load the plan",
+        "plan_types": not_counted("no GPU is here to load the plan"),
         "warnings": list(messages.warnings),
         "build_seconds": time.monotonic() - began,
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_device_memory_bytes": memory.bytes or None,
         "gpu": device.facts if device is not None else None,
     }
+    if device is not None:
+        event["plan_types"] = not_counted("the process ended while it was loaded")
     channel.send("built", **event)
     if device is not None:
         last = len(recipe.profiles) - 1
-        types, reason = inspect_plan(trt, logger, data, last, shapes, work)
-        event.update(plan_types=types, plan_types_reason=reason)
-        channel.send("built", **event)
+        found = inspect_plan(trt, logger, data, last, shapes, work)
+        channel.send("built", **event | {"plan_types": found})
 
 
 def _limits(recipe: EngineRecipe, workspace: int | None = None) -> Limits:

@@ -139,8 +139,8 @@ def _rows(built: Any, entry: Any) -> list[tuple[str, str]]:
 
 def _plan_rows(entry: Any) -> list[tuple[str, str]]:
     """What it computes in, by source; the memory its build took; where it runs."""
-    rows = [("computes", _shares(entry.layer_types, "parsed network"))]
-    rows.append(("", _shares(entry.plan_types, "plan")))
+    rows = [("computes", _shares(entry.layer_types))]
+    rows.append(("", _shares(entry.plan_types)))
     peaks = ((entry.peak_memory_bytes, "host"), (entry.peak_device_memory_bytes, "GPU"))
     memory = [f"{size / 1e6:,.0f} MB on the {where}" for size, where in peaks if size]
     if memory:
@@ -154,11 +154,11 @@ def _plan_rows(entry: Any) -> list[tuple[str, str]]:
     return rows
 
 
-def _shares(counts: dict[str, Any], source: str) -> str:
+def _shares(counts: dict[str, Any]) -> str:
     from ..builders.precision import type_shares
 
     names = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16"}
     shares = [f"{s:.1%} {names.get(n, n)}" for n, s in type_shares(counts).items()]
     if shares:
-        return f"{', '.join(shares)} ({source})"
-    return f"not counted ({source}): it takes the plan's GPU and an inspector"
+        return f"{', '.join(shares)} ({counts['source']})"
+    return f"plan not counted: {counts.get('not_counted', 'nothing is known')}"
