@@ -166,7 +166,7 @@ def test_what_must_not_be_replaced_is_not(tmp_path: Path) -> None:
 def test_folders_of_killed_plan_builds_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from id3pm_deploy.builders.tensorrt import _work_folder
+    from id3pm_deploy.builders.tensorrt import _remove_dead_folders, _work_folder
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     dead, foreign = tmp_path / "id3pm-plan-dead", tmp_path / "id3pm-else"
@@ -176,8 +176,8 @@ def test_folders_of_killed_plan_builds_go(
     with _work_folder() as first, _work_folder() as second:
         (first / "a").touch()
         (second / "b").touch()
+        _remove_dead_folders(tmp_path)
         assert not dead.exists()
-        with _work_folder():
-            assert (first / "a").exists()
-            assert (second / "b").exists()
+        assert (first / "a").exists()
+        assert (second / "b").exists()
     assert names(tmp_path) == ["id3pm-else"]
