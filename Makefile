@@ -18,15 +18,20 @@ TORCH ?=
 PIP_FLAGS ?=
 OUT ?= demo-out
 PYTEST_FLAGS ?=
+# Test files run side by side, as many as there are cores, up to this number.
+JOBS ?= 4
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# PyTorch takes one thread: a test file to each core uses them better.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses $(JOBS) \
+  --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
-	@echo "Settings: PYTHON VENV CONSTRAINTS TORCH PIP_FLAGS OUT PYTEST_FLAGS"
+	@echo "Settings: PYTHON VENV CONSTRAINTS TORCH PIP_FLAGS OUT PYTEST_FLAGS JOBS"
 
 .PHONY: demo
 demo: $(STAMP) ## Photo to identity to engine to pictures to parity page, in demo-out
@@ -34,11 +39,11 @@ demo: $(STAMP) ## Photo to identity to engine to pictures to parity page, in dem
 
 .PHONY: test
 test: lint types ## Everything CI runs: lint, types and all tests
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 .PHONY: check
 check: lint types ## Lint, types and the quick tests
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 .PHONY: lint
 lint: $(STAMP) ## ruff: rules and formatting
