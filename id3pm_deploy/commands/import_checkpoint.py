@@ -125,7 +125,8 @@ def _show(out: Path, made: Any, as_json: bool) -> None:
         click.echo(json.dumps(summary, indent=2))
         return
     model = spec.model
-    heads = f"{model.num_heads} heads at every level"
+    plural = "" if model.num_heads == 1 else "s"
+    heads = f"{model.num_heads} head{plural} at every level"
     if model.num_heads is None:
         heads = f"{model.num_head_channels} channels a head"
     size = f"{model.image_size}×{model.image_size}"
