@@ -212,6 +212,19 @@ def test_recipes_that_cannot_work_are_refused_before_anything_is_made(
         EngineRecipe(**values, dynamic_rows_per_sample=(1, 1, 2))  # type: ignore[arg-type]
 
 
+def test_a_bundle_without_the_graph_says_which_export_is_missing(
+    bundle_copy: Path, tmp_path: Path
+) -> None:
+    for change, message in (
+        ("precision=float16", "export recipe float32 makes no step graph in float16"),
+        ("export=float16", "holds no step graph in float16"),
+        (f'export="{tmp_path}/gone.toml"', "holds no step graph in float16"),
+    ):
+        settings = (change, "precision=float16")
+        with pytest.raises(BuildError, match=message):
+            build_engine(bundle_copy, "cpu", None, settings=settings)
+
+
 def test_an_engine_without_its_graph_is_explained(bundle_copy: Path) -> None:
     def dangle(values: Any) -> None:
         values["engines"][0]["graph"] = values["graphs"][0]["golden"]

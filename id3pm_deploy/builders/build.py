@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from dataclasses import dataclass
@@ -23,7 +24,13 @@ from ..bundle import (
 from ..bundle.ledger import record_plan
 from ..bundle.writer import BundleWriter, bundle_writer
 from ..checkpoint_config import is_checkpoint, load_spec, weights_sha256
-from ..errors import BuildError, BundleError, CheckpointError, InputError
+from ..errors import (
+    BuildError,
+    BundleError,
+    CheckpointError,
+    InputError,
+    RecipeError,
+)
 from ..files import beside
 from ..optional import require
 from ..progress import progress
@@ -272,6 +279,9 @@ def _from_bundle(
         of = "" if stage == BASE else f" of its stage {stage}"
         fix = f"id3pm-deploy export CHECKPOINT --recipe {recipe.export} --out {source}"
         if graph is None:
+            with contextlib.suppress(RecipeError):  # a file that was left elsewhere
+                export = load_recipe("export", recipe.export, ExportRecipe)
+                _check_agreement(recipe, export)
             raise BuildError(
                 f"{source} holds no step graph in {recipe.precision}{of}", fix=fix
             )
@@ -280,6 +290,17 @@ def _from_bundle(
             raise BuildError(f"the graph in {source} is of another release", fix=fix)
         graphs.append(graph)
     return BundleWriter(source, bundle.manifest), graphs
+
+
+def _check_agreement(recipe: EngineRecipe, export: ExportRecipe) -> None:
+    """Raise :class:`BuildError` where the export makes another graph than is built."""
+    if (export.graph, export.precision) != ("step", recipe.precision):
+        raise BuildError(
+            f"the export recipe {recipe.export} makes no step graph in "
+            f"{recipe.precision}",
+            why=f"it makes a {export.graph} graph in {export.precision}",
+            fix="make `export` and `precision` of the engine's recipe agree",
+        )
 
 
 def _from_checkpoints(
@@ -293,13 +314,7 @@ def _from_checkpoints(
             )
     folder = out or beside(chain[BASE], ".bundle")
     export = _export_recipe(recipe.export)
-    if (export.graph, export.precision) != ("step", recipe.precision):
-        raise BuildError(
-            f"the export recipe {recipe.export} makes no step graph in "
-            f"{recipe.precision}",
-            why=f"it makes a {export.graph} graph in {export.precision}",
-            fix="make `export` and `precision` of the engine's recipe agree",
-        )
+    _check_agreement(recipe, export)
     check_export_fits(recipe, export)
     writer = _chain_writer(folder, chain)
     there = Bundle(folder, writer.manifest)
