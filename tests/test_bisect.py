@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -481,14 +482,16 @@ def test_the_command_says_all_as_json(overflowing: Path, tmp_path: Path) -> None
     assert found["minimal"] is True
 
 
-def test_tighter_tolerances_go_into_the_recipe(
+def test_tighter_tolerances_are_asked_of_the_islands_not_of_the_export(
     overflowing: Path, tmp_path: Path
 ) -> None:
+    """An export is held against PyTorch in half, not in float32."""
     out = tmp_path / "mine.toml"
     asked = ("--tolerance-step", "9e-3", "--tolerance-trajectory", "1.9e-2")
     assert run("bisect", overflowing, "--out", out, *STEPS, *asked).exit_code == 0
     recipe = load_recipe("export", str(out), ExportRecipe)
-    assert (recipe.tolerance_step, recipe.tolerance_trajectory) == (9e-3, 1.9e-2)
+    assert (recipe.tolerance_step, recipe.tolerance_trajectory) == (1e-2, 2e-2)
+    assert re.search(r"of 9e-03, trajectory .* of 1\.90e-02 that were", out.read_text())
 
 
 @pytest.mark.parametrize(

@@ -120,10 +120,13 @@ def recipe_comments(result: BisectResult) -> list[str]:
     lines = ["Written by `id3pm-deploy bisect`."]
     for name, share in result.shares.items():
         lines.append(f"{share:7.2%} of multiply-accumulates: {name}")
-    said = f"Against float32: one step {format_error(result.errors.step)}"
-    if result.errors.trajectory is not None:
-        said += f", trajectory {format_error(result.errors.trajectory)}"
-    return [*lines, said + "."]
+    found, asked = result.errors, result.tolerances
+    said = f"Against float32: one step {format_error(found.step)} of "
+    said += format_error(asked.step)
+    if found.trajectory is not None:
+        said += f", trajectory {format_error(found.trajectory)} of "
+        said += format_error(asked.trajectory)
+    return [*lines, said + " that were asked for."]
 
 
 def _errors_json(errors: Errors) -> dict[str, float | None]:

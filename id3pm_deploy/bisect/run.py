@@ -76,7 +76,8 @@ def find_islands(
     request: BisectRequest,
     say: Callable[[str], None] = lambda line: None,
 ) -> BisectResult:
-    """Search; see :func:`bisect_to_recipe`. The tolerances are the recipe's."""
+    """Search; see :func:`bisect_to_recipe`. The tolerances are the recipe's, or the
+    request's."""
     search = _Bisection(network, spec, recipe, request, say)
     search.prepare()
     return search.run()
@@ -92,7 +93,7 @@ class _Bisection:
         say: Callable[[str], None],
     ) -> None:
         self.recipe, self.request, self.say = recipe, request, say
-        self.tolerances = Tolerances(recipe.tolerance_step, recipe.tolerance_trajectory)
+        self.tolerances = _asked(recipe, request)
         costs = multiply_accumulates(network)
         self.total = costs[""]
         self.tree = candidates(network, recipe.form, costs)
@@ -225,7 +226,7 @@ class _Bisection:
 
 
 def _wanted(request: BisectRequest) -> ExportRecipe:
-    """The recipe to start from, with the tolerances that were asked for."""
+    """The recipe to start from; everything that was asked for is checked."""
     if request.budget < _LEAST_BUDGET:
         raise InputError(
             f"the budget must be at least {_LEAST_BUDGET}",
@@ -247,15 +248,25 @@ def _wanted(request: BisectRequest) -> ExportRecipe:
             f"the recipe {request.recipe} is in float32 throughout",
             fix="give one in half precision, such as --recipe float16",
         )
-    limits = tightened(
+    asked = _asked(recipe, request)
+    dataclasses.replace(  # which checks them
+        recipe,
+        tolerance_step=asked.step,
+        tolerance_trajectory=asked.trajectory,
+    )
+    return recipe
+
+
+def _asked(recipe: ExportRecipe, request: BisectRequest) -> Tolerances:
+    """What is asked for, against float32.
+
+    The recipe keeps its own: an export is held against PyTorch in the same precision,
+    on other inputs and under guidance, where rounding alone may be more than this.
+    """
+    return tightened(
         Tolerances(recipe.tolerance_step, recipe.tolerance_trajectory),
         request.tolerance_step,
         request.tolerance_trajectory,
-    )
-    return dataclasses.replace(
-        recipe,
-        tolerance_step=limits.step,
-        tolerance_trajectory=limits.trajectory,
     )
 
 
