@@ -17,21 +17,17 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import EngineError
+from .protobuf import BYTES, VARINT, fields, inner, varint
 
 MAX_NODES = 20_000
 """A UNet of 300 M parameters has some 3,000."""
 
 _MAX_DIMS = 16
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _STRING = 8
 _STANDARD = ("", "ai.onnx")
-
-Field = tuple[int, int, memoryview, int]
-"""Field number, wire type, bytes and number (of which one is empty)."""
 
 
 def check_graph(data: bytes | memoryview, *, standard_only: bool = True) -> None:
@@ -71,10 +67,10 @@ def check_graph_file(path: Path, *, standard_only: bool = True) -> None:
 
 def _check_model(model: memoryview, standard_only: bool) -> None:
     graphs = 0
-    for number, kind, value, _ in _fields(model):
+    for number, kind, value, _ in fields(model):
         if number == 7:
             graphs += 1
-            _check_graph(_message(kind, value), standard_only)
+            _check_graph(inner(kind, value), standard_only)
         elif number == 20:
             raise ValueError("it holds instructions for training")
         elif number == 25:
@@ -85,32 +81,32 @@ def _check_model(model: memoryview, standard_only: bool) -> None:
 
 def _check_graph(graph: memoryview, standard_only: bool) -> None:
     nodes = 0
-    for number, kind, value, _ in _fields(graph):
+    for number, kind, value, _ in fields(graph):
         if number == 1:
             nodes += 1
             if nodes > MAX_NODES:
                 raise ValueError(f"it has more than {MAX_NODES} nodes")
-            _check_node(_message(kind, value), standard_only)
+            _check_node(inner(kind, value), standard_only)
         elif number == 5:
-            _check_tensor(_message(kind, value))
+            _check_tensor(inner(kind, value))
         elif number == 15:
             raise ValueError("it holds sparse weights")
 
 
 def _check_node(node: memoryview, standard_only: bool) -> None:
-    for number, kind, value, _ in _fields(node):
+    for number, kind, value, _ in fields(node):
         if number == 5:
-            _check_attribute(_message(kind, value))
+            _check_attribute(inner(kind, value))
         elif number == 7 and standard_only:
-            domain = bytes(_message(kind, value))
+            domain = bytes(inner(kind, value))
             if domain.decode("utf-8", "replace") not in _STANDARD:
                 raise ValueError(f"it uses operators of the domain {domain!r:.60}")
 
 
 def _check_attribute(attribute: memoryview) -> None:
-    for number, kind, value, _ in _fields(attribute):
+    for number, kind, value, _ in fields(attribute):
         if number in (5, 10):
-            _check_tensor(_message(kind, value))
+            _check_tensor(inner(kind, value))
         elif number in (6, 11):
             raise ValueError("it has loops or branches")
         elif number in (22, 23):
@@ -124,7 +120,7 @@ def _check_tensor(tensor: memoryview) -> None:
     """
     dims: list[int] = []
     held = 0
-    for number, kind, value, item in _fields(tensor):
+    for number, kind, value, item in fields(tensor):
         if number == 1:
             dims += _numbers(kind, value, item)
             if len(dims) > _MAX_DIMS:
@@ -134,7 +130,7 @@ def _check_tensor(tensor: memoryview) -> None:
         elif number == 13 or (number == 14 and item):
             raise ValueError("it takes weights from another file")
         elif number in (4, 5, 7, 9, 10, 11):
-            held += len(value) if kind == _BYTES else 8
+            held += len(value) if kind == BYTES else 8
     if any(size >= 1 << 63 for size in dims):
         raise ValueError("it holds a tensor of negative size")
     if math.prod(dims) > 2 * held:
@@ -143,53 +139,11 @@ def _check_tensor(tensor: memoryview) -> None:
 
 def _numbers(kind: int, value: memoryview, item: int) -> list[int]:
     """The numbers of a repeated field, packed or not."""
-    if kind == _VARINT:
+    if kind == VARINT:
         return [item]
     found: list[int] = []
-    at, packed = 0, _message(kind, value)
+    at, packed = 0, inner(kind, value)
     while at < len(packed) and len(found) <= _MAX_DIMS:
-        number, at = _varint(packed, at)
+        number, at = varint(packed, at)
         found.append(number)
     return found
-
-
-def _message(kind: int, value: memoryview) -> memoryview:
-    if kind != _BYTES:
-        raise ValueError("its protocol buffer is damaged")
-    return value
-
-
-def _fields(message: memoryview) -> Iterator[Field]:
-    """The fields of a message, in order; nothing is copied."""
-    at, end = 0, len(message)
-    empty = message[:0]
-    while at < end:
-        key, at = _varint(message, at)
-        number, kind = key >> 3, key & 7
-        if kind == _VARINT:
-            item, at = _varint(message, at)
-            yield number, kind, empty, item
-            continue
-        if kind == _BYTES:
-            length, at = _varint(message, at)
-        elif kind in (_FIXED32, _FIXED64):
-            length = 4 if kind == _FIXED32 else 8
-        else:
-            raise ValueError("its protocol buffer is damaged")
-        if length > end - at:
-            raise ValueError("it is cut short")
-        yield number, kind, message[at : at + length], 0
-        at += length
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """The number at a place, and where it ends."""
-    number = shift = 0
-    while at < len(message) and shift < 70:
-        byte = message[at]
-        at += 1
-        number |= (byte & 127) << shift
-        if byte < 128:
-            return number & (1 << 64) - 1, at
-        shift += 7
-    raise ValueError("its protocol buffer is damaged")

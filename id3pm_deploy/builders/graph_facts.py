@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..backends.graph_check import _fields as fields
-from ..backends.graph_check import _message as message
+from ..backends.protobuf import fields, inner
 from ..errors import BuildError
 
 _DOMAINS = (b"", b"ai.onnx")
@@ -51,10 +50,10 @@ def _facts(model: memoryview) -> GraphFacts:
     opset, operators, external = 0, set[str](), set[str]()
     for number, kind, value, _ in fields(model):
         if number == 7:
-            for node in _nodes(message(kind, value), external):
+            for node in _nodes(inner(kind, value), external):
                 operators.add(node)
         elif number == 8:
-            opset = _opset(message(kind, value)) or opset
+            opset = _opset(inner(kind, value)) or opset
     return GraphFacts(opset, frozenset(operators), tuple(sorted(external)))
 
 
@@ -63,7 +62,7 @@ def _opset(entry: memoryview) -> int:
     domain, version = b"", 0
     for number, kind, value, item in fields(entry):
         if number == 1:
-            domain = bytes(message(kind, value))
+            domain = bytes(inner(kind, value))
         elif number == 2:
             version = item
     return version if domain in _DOMAINS else 0
@@ -73,20 +72,20 @@ def _nodes(graph: memoryview, external: set[str]) -> Iterator[str]:
     """Names of the operators, those of inner graphs included."""
     for number, kind, value, _ in fields(graph):
         if number == 1:
-            yield from _node(message(kind, value), external)
+            yield from _node(inner(kind, value), external)
         elif number == 5:
-            _locations(message(kind, value), external)
+            _locations(inner(kind, value), external)
 
 
 def _node(node: memoryview, external: set[str]) -> Iterator[str]:
     name, domain = b"", b""
     for number, kind, value, _ in fields(node):
         if number == 4:
-            name = bytes(message(kind, value))
+            name = bytes(inner(kind, value))
         elif number == 7:
-            domain = bytes(message(kind, value))
+            domain = bytes(inner(kind, value))
         elif number == 5:
-            yield from _attribute(message(kind, value), external)
+            yield from _attribute(inner(kind, value), external)
     if domain in _DOMAINS:
         yield name.decode("utf-8", "replace")
 
@@ -94,16 +93,16 @@ def _node(node: memoryview, external: set[str]) -> Iterator[str]:
 def _attribute(attribute: memoryview, external: set[str]) -> Iterator[str]:
     for number, kind, value, _ in fields(attribute):
         if number in (5, 10):
-            _locations(message(kind, value), external)
+            _locations(inner(kind, value), external)
         elif number in (6, 11):
-            yield from _nodes(message(kind, value), external)
+            yield from _nodes(inner(kind, value), external)
 
 
 def _locations(tensor: memoryview, external: set[str]) -> None:
     """Add the file that a tensor's data lies in, if it is another one."""
     for number, kind, value, _ in fields(tensor):
         if number == 13:
-            entry = fields(message(kind, value))
-            pair = {key: bytes(message(of, text)) for key, of, text, _ in entry}
+            entry = fields(inner(kind, value))
+            pair = {key: bytes(inner(of, text)) for key, of, text, _ in entry}
             if pair.get(1) == b"location":
                 external.add(pair.get(2, b"").decode("utf-8", "surrogateescape"))
