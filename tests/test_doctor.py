@@ -340,6 +340,21 @@ def test_a_compatible_plan_runs_on_later_gpus(
     assert any("GPU" in what for what in missing) != runs
 
 
+@pytest.mark.parametrize(("capability", "runs"), [("8.6", True), ("7.5", False)])
+def test_a_plan_of_rtx_that_names_no_gpu_is_for_ampere_and_later(
+    tmp_path: Path, capability: str, runs: bool
+) -> None:
+    recipe = load_recipe(
+        "engines", _recipe(tmp_path, "", flavour="tensorrt_rtx"), EngineRecipe
+    )
+    here = host(tmp_path)
+    gpus = ({"compute_capability": capability},)
+    outcomes = {"tensorrt_rtx": RTX_OUTCOME, "core": WORKING}
+    facts = verdicts.Facts(here, Packages(here, tmp_path), outcomes, gpus)
+    missing = [lack.what for lack in verdicts.run_verdict(recipe, facts).lacks]
+    assert any("GPU" in what for what in missing) != runs
+
+
 def test_a_plan_for_the_gpu_that_is_there_needs_one(tmp_path: Path) -> None:
     recipe = _recipe(
         tmp_path, 'compute_capabilities = ["current"]', flavour="tensorrt_rtx"

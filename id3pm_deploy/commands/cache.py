@@ -43,7 +43,8 @@ def list_(as_json: bool) -> None:
     for entry in entries:
         click.echo(printable(_line(entry)))
     size = sum(entry.size for entry in entries)
-    click.echo(printable(f"{_amount(len(entries), size)}, in {cache.folder}"))
+    where = cache.folder or "no folder: there is no home folder"
+    click.echo(printable(f"{_amount(len(entries), size)}, in {where}"))
 
 
 def _amount(plans: int, size: int) -> str:

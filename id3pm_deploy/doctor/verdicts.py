@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..builders.recipe import CURRENT_GPU, EngineRecipe
-from .flavours import EXTRAS, PACKAGES, jetson_install
-from .flavours import RTX_CAPABILITIES as RTX_CAPABILITIES
+from .flavours import (
+    EXTRAS,
+    PACKAGES,
+    RTX_CAPABILITIES,
+    RTX_DEFAULT_FROM,
+    jetson_install,
+)
 from .host import Host
 from .packages import CORE, Found, Packages
 from .probe import Outcome
@@ -239,7 +244,12 @@ def _named_gpus(recipe: EngineRecipe) -> tuple[str, ...]:
     named = recipe.compute_capabilities
     if named not in ((), (CURRENT_GPU,)):
         return named
-    return RTX_CAPABILITIES if recipe.flavour == "tensorrt_rtx" else ()
+    if recipe.flavour != "tensorrt_rtx":
+        return ()
+    if named:
+        return RTX_CAPABILITIES
+    first = RTX_DEFAULT_FROM[0]
+    return tuple(one for one in RTX_CAPABILITIES if _generation(one) >= first)
 
 
 def _gpus_here(facts: Facts) -> tuple[str, ...]:
