@@ -35,7 +35,7 @@ from doctor_fakes import (
 import id3pm_deploy
 from id3pm_deploy.builders.recipe import EngineRecipe
 from id3pm_deploy.cli import main
-from id3pm_deploy.doctor import verdicts
+from id3pm_deploy.doctor import flavours, verdicts
 from id3pm_deploy.doctor.examine import examine, exit_status
 from id3pm_deploy.doctor.packages import Packages
 from id3pm_deploy.doctor.probe import Outcome
@@ -464,7 +464,7 @@ def test_what_this_release_runs_is_what_the_product_runs() -> None:
 def test_the_capabilities_are_those_of_the_installed_library() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     known = {name[2:] for name in dir(trt.ComputeCapability) if name.startswith("SM")}
-    assert {c.replace(".", "") for c in verdicts.RTX_CAPABILITIES} == known
+    assert {c.replace(".", "") for c in flavours.RTX_CAPABILITIES} == known
 
 
 def test_every_flavour_has_an_extra_and_a_package() -> None:
