@@ -131,6 +131,7 @@ def test_in_the_middle_of_taking_a_plan(plans: Sandbox) -> None:
 
 
 def test_at_any_moment(plans: Sandbox) -> None:
+    check_done(plans.run(*BUILD))  # from now on the plan is taken, each time
     kill_at_moments(plans, lambda: check(plans), *BUILD)
     kill_at_moments(plans, lambda: check(plans), *BUILD, "--no-cache")
     assert targets(plans) == ["cpu", "rtx"]
