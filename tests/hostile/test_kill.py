@@ -107,12 +107,12 @@ def kill_at_moments(
     check_done(whole)
     for number in range(MOMENTS):
         share = (number + 0.5) / MOMENTS
-        for _ in range(5):
+        for _ in range(20):
             hit = killed_after(sandbox, whole.cpu * share, *arguments)
             check()
             if hit:
                 break
-            share *= 0.9
+            share *= 0.85
         assert hit
     check_done(sandbox.run(*arguments))
     check()
