@@ -87,6 +87,10 @@ class EngineError(Id3pmError):
     """An engine cannot be loaded or fails while it runs."""
 
 
+class DeviceMemoryError(EngineError):
+    """A GPU's memory is not enough; with less at once it may be."""
+
+
 class NonFiniteError(EngineError):
     """The network produced NaN or infinity; the samples concerned are not written."""
 
