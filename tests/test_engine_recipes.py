@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from id3pm_deploy.builders.export_recipe import ExportRecipe
 from id3pm_deploy.builders.recipe import (
     EngineRecipe,
+    HardwareCompatibility,
     Profile,
     check_export_fits,
     check_graph_fits,
 )
+from id3pm_deploy.bundle.manifest import HARDWARE_COMPATIBILITY
 from id3pm_deploy.errors import BuildError, RecipeError
 from id3pm_deploy.recipes import load_recipe, recipe_folder, recipe_names
 
@@ -307,3 +309,8 @@ def test_bad_recipe_files_are_refused(
         load_recipe("engines", bad, EngineRecipe)
     assert message in str(caught.value)
     assert "bad.toml" in str(caught.value)
+
+
+def test_a_bundle_takes_every_compatibility_that_a_recipe_can_have() -> None:
+    """Else a plan would be refused after it was built."""
+    assert get_args(HardwareCompatibility) == HARDWARE_COMPATIBILITY

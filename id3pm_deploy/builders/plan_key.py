@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import BuildError, MissingPackageError
 from ..files import sha256_of_file
 from .graph_facts import graph_facts
-from .recipe import CURRENT_GPU, EngineRecipe
+from .recipe import EngineRecipe, is_portable
 
 KEY_FORMAT = "id3pm-plan-key"
 KEY_VERSION = 1
@@ -45,13 +45,6 @@ class Builder:
 
     version: str
     gpu: GpuFacts | None = None
-
-
-def is_portable(recipe: EngineRecipe) -> bool:
-    """Whether the recipe's plans are for more than the GPU that builds them."""
-    if recipe.flavour == "tensorrt_rtx":
-        return recipe.compute_capabilities != (CURRENT_GPU,)
-    return recipe.hardware_compatibility != "none"
 
 
 def depends_on_gpu(recipe: EngineRecipe) -> bool:

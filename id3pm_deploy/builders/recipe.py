@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..body_form import Precision
 from ..errors import BuildError, RecipeError
@@ -272,6 +272,29 @@ class EngineRecipe:
                 )
         low, usual, high = (b * r for b, r in zip(samples, each, strict=True))
         return Profile((samples[0], samples[1], samples[2]), (low, usual, high))
+
+
+class Travels(Protocol):
+    """What a recipe and an engine's entry both say of where a plan runs."""
+
+    @property
+    def flavour(self) -> str:
+        """The Python module."""
+
+    @property
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """GPUs that a plan is for."""
+
+    @property
+    def hardware_compatibility(self) -> str:
+        """Other GPUs that a plan of plain TensorRT runs on."""
+
+
+def is_portable(made: Travels) -> bool:
+    """Whether a plan is for more than the one GPU that it is built on."""
+    if made.flavour == "tensorrt_rtx":
+        return made.compute_capabilities != (CURRENT_GPU,)
+    return made.hardware_compatibility != "none"
 
 
 def _static(samples: int, rows: int) -> Profile:

@@ -30,8 +30,8 @@ from ..files import hold, output_error, remove
 from ..progress import Tick, progress
 from ..recipes import dataclass_from_mapping
 from .cache import PlanCache
-from .plan_key import builder_here, depends_on_gpu, is_portable, plan_key
-from .recipe import EngineRecipe
+from .plan_key import builder_here, depends_on_gpu, plan_key
+from .recipe import EngineRecipe, is_portable
 
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..builders.recipe import CURRENT_GPU
+from ..builders.recipe import CURRENT_GPU, is_portable
 from ..bundle import EngineEntry
 from ..doctor.flavours import DISTRIBUTIONS, RTX_CAPABILITIES, RTX_DEFAULT_FROM
 from ..errors import EngineError
@@ -102,13 +102,6 @@ def plan_problem(
     """
     case = _Case(entry, here, bundle)
     return _library_problem(case) or _gpu_problem(case) or _cuda_problem(case)
-
-
-def is_portable(entry: EngineEntry) -> bool:
-    """Whether a plan is for more than the one GPU that it was built on."""
-    if entry.flavour == "tensorrt_rtx":
-        return entry.compute_capabilities != (CURRENT_GPU,)
-    return entry.hardware_compatibility != "none"
 
 
 def built_for(entry: EngineEntry) -> str:
