@@ -97,7 +97,9 @@ def plan_builder(plan: bytes = b"plan", **facts: Any) -> Callable[..., BuiltPlan
         peak_memory_bytes=5,
     )
 
-    def build(graph: Path, recipe: object, cache: object, file: Path) -> BuiltPlan:
+    def build(
+        graph: Path, recipe: object, cache: object, file: Path, identity: object
+    ) -> BuiltPlan:
         assert graph.read_bytes()
         file.write_bytes(plan)
         return dataclasses.replace(built, **facts)

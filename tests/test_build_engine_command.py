@@ -204,7 +204,7 @@ def test_the_table_says_what_was_built() -> None:
         compute_capability="8.7",
     )
     lines = _table(Shown(entry, from_cache=True))
-    assert "built in   9.5 s, before: from the cache" in lines
+    assert "built in   9.5 s, before; not built again" in lines
     assert "           100.0% float16 (plan)" in lines
     assert "took       589 MB on the host and 2,100 MB on the GPU" in lines
     assert "GPU        Orin, compute capability 8.7" in lines

@@ -13,7 +13,7 @@ from typing import Any
 
 import plan_fakes
 import pytest
-from bundles import GOLDEN
+from bundles import GOLDEN, edit_manifest
 from click.testing import CliRunner
 from models import contents
 
@@ -25,12 +25,12 @@ from id3pm_deploy.builders.onnx import ExportedGraph
 from id3pm_deploy.builders.plan_key import Builder
 from id3pm_deploy.builders.recipe import EngineRecipe
 from id3pm_deploy.builders.tensorrt import build_plan
-from id3pm_deploy.bundle import EngineEntry, open_bundle
+from id3pm_deploy.bundle import Bundle, EngineEntry, open_bundle
 from id3pm_deploy.bundle.migrate import migrate_bundle
 from id3pm_deploy.bundle.trust import plan_trust
-from id3pm_deploy.bundle.writer import BundleWriter
+from id3pm_deploy.bundle.writer import BundleWriter, write_manifest
 from id3pm_deploy.cli import main
-from id3pm_deploy.errors import BuildError
+from id3pm_deploy.errors import BuildError, BundleError
 from id3pm_deploy.files import ScratchFile
 from id3pm_deploy.recipes import load_recipe
 from id3pm_deploy.selftest import load_golden
@@ -78,6 +78,18 @@ def build(source: Path, *options: str) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads(result.stdout)
     facts["stderr"] = result.stderr
     return facts
+
+
+def without_plan(folder: Path) -> Path:
+    """Take the plan out of a bundle, so that only the cache can have it."""
+    found = open_bundle(folder).manifest
+    for entry in found.plans:
+        (folder / entry.file).unlink()
+    kept = {e.file: None for e in found.plans}
+    files = {name: entry for name, entry in found.files.items() if name not in kept}
+    engines = tuple(e for e in found.engines if e.file not in kept)
+    write_manifest(folder, dataclasses.replace(found, files=files, engines=engines))
+    return folder
 
 
 def check_plan(folder: Path) -> EngineEntry:
@@ -250,11 +262,113 @@ def test_a_damaged_plan_in_the_cache_is_built_again(
     data = bytearray(plan.read_bytes())
     data[100] ^= 1
     plan.write_bytes(data)
-    second = build(bundle)
+    second = build(without_plan(bundle))
     assert not second["from_cache"]
     assert "in the cache cannot be used" in second["stderr"]
     check_plan(bundle)
-    assert build(bundle)["from_cache"]
+    assert build(without_plan(bundle))["from_cache"]
+
+
+def test_the_bundles_own_plan_needs_no_cache(bundle: Path, tmp_path: Path) -> None:
+    first = build(bundle)
+    before = contents(bundle)
+    shutil.rmtree(tmp_path / "cache")
+    again = build(bundle, "--set", "summary='other words'")
+    assert (again["from_cache"], again["stderr"]) == (True, "")
+    assert not (tmp_path / "cache" / "id3pm-deploy" / "plans").exists()
+    assert again["file"] == first["file"]
+    assert again["settings"] == first["settings"] | {"summary": "other words"}
+    build(bundle)
+    assert contents(bundle) == before
+    check_plan(bundle)
+    assert plan_fakes.spawns() == 1
+
+
+def test_a_plan_that_the_user_did_not_build_is_built_again(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """Its key is the right one, which whoever made the bundle could have written."""
+    build(bundle)
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "state")
+    assert not build(bundle)["from_cache"]
+    check_plan(bundle)
+    assert plan_fakes.spawns() == 2
+
+
+def test_a_damaged_plan_in_the_bundle_is_built_again_without_a_cache(
+    bundle: Path, tmp_path: Path
+) -> None:
+    for damage in (lambda data: data[:-1], lambda data: b"x" + data[1:], None):
+        file = bundle / build(bundle)["file"]
+        shutil.rmtree(tmp_path / "cache")
+        if damage is None:
+            file.unlink()
+        else:
+            file.write_bytes(damage(file.read_bytes()))
+        assert not build(bundle)["from_cache"]
+        check_plan(bundle)
+    assert plan_fakes.spawns() == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": "0.9"},
+        {"plan_key": "0" * 64},
+        {"compute_capabilities": ["7.5"]},
+        {"gpu_name": "a GPU", "compute_capability": "8.6"},
+        {"cuda": "12.6"},
+        {"profiles": []},
+        {"precision": "float16"},
+        {"hardware_compatibility": "ampere_plus"},
+    ],
+)
+def test_what_the_manifest_says_of_a_plan_is_not_taken_on_trust(
+    bundle: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    build(bundle)
+    before = contents(bundle)
+
+    def edit(values: Any) -> None:
+        (engine,) = (e for e in values["engines"] if e["target"] == "rtx")
+        engine.update(change)
+
+    edit_manifest(bundle, edit)
+    assert build(bundle)["from_cache"]  # from there, as it was built
+    assert contents(bundle) == before
+    edit_manifest(bundle, edit)
+    shutil.rmtree(tmp_path / "cache")
+    assert not build(bundle)["from_cache"]
+    check_plan(bundle)
+    assert contents(bundle) == before
+    assert plan_fakes.spawns() == 2
+
+
+def test_a_plan_that_another_process_takes_away_meanwhile(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(bundle)
+    check = Bundle.path_of
+
+    def path_of(opened: Bundle, name: str) -> Path:
+        path = check(opened, name)
+        if name.endswith(".plan"):
+            without_plan(bundle)
+        return path
+
+    monkeypatch.setattr(Bundle, "path_of", path_of)
+    with pytest.raises(BundleError, match="is no longer in") as caught:
+        build_engine(
+            bundle,
+            "rtx",
+            None,
+            settings=("export=float32", "precision=float32"),
+            cache=PlanCache.default(),
+        )
+    assert "build the engine again" in caught.value.fix
+    assert open_bundle(bundle).manifest.plans == ()
+    open_bundle(bundle).verify()
 
 
 def test_facts_of_another_release_in_the_cache_are_built_again(
@@ -265,7 +379,7 @@ def test_facts_of_another_release_in_the_cache_are_built_again(
     values = json.loads(entry.read_text())
     values["facts"]["surprise"] = 1
     entry.write_text(json.dumps(values))
-    assert "unknown keys: surprise" in build(bundle)["stderr"]
+    assert "unknown keys: surprise" in build(without_plan(bundle))["stderr"]
     assert plan_fakes.spawns() == 2
 
 
@@ -282,7 +396,7 @@ def test_a_cache_that_cannot_be_used_is_a_warning(bundle: Path, tmp_path: Path) 
     place.mkdir(parents=True)
     (place / "plans").symlink_to(tmp_path)
     for _ in range(2):
-        found = build(bundle)
+        found = build(without_plan(bundle))
         assert not found["from_cache"]
         assert "warning: the build went on without the plan cache" in found["stderr"]
         assert "it is a symbolic link" in found["stderr"]

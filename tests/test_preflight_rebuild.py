@@ -84,9 +84,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[EngineRecipe]:
     recipes: list[EngineRecipe] = []
     build = plan_builder(b"a new plan", version="1.8")
 
-    def build_plan(graph: Path, recipe: EngineRecipe, cache: Any, file: Path) -> Any:
+    def build_plan(graph: Path, recipe: EngineRecipe, *others: Any) -> Any:
         recipes.append(recipe)
-        return build(graph, recipe, cache, file)
+        return build(graph, recipe, *others)
 
     for module in (tensorrt, engine_entries):
         if hasattr(module, "build_plan"):

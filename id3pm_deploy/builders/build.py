@@ -21,7 +21,7 @@ from ..bundle import (
     is_bundle,
     open_bundle,
 )
-from ..bundle.ledger import record_plan
+from ..bundle.ledger import record_plan, why_not_built_here
 from ..bundle.writer import BundleWriter, bundle_writer
 from ..checkpoint_config import is_checkpoint, load_spec, weights_sha256
 from ..errors import (
@@ -51,7 +51,7 @@ class BuiltEngine:
     ``entry`` and ``graph`` are the base's; ``super_resolution`` is the engine of the
     second stage, where one was built. ``notes`` is what the user should know although
     nothing failed. ``from_cache`` says that nothing was built anew: the plans had been
-    built before.
+    built before, and were in the bundle or came from the cache.
     """
 
     bundle: Bundle
@@ -251,7 +251,8 @@ def build_engine(
     if recipe.backend == "tensorrt":
         entries, taken = tensorrt_entries(writer, graphs, recipe, name, cache)
         # Before the commit: no plan in a bundle may lack its note because of a crash.
-        notes = [record_plan(writer.file_entry(e.file).sha256) for e in entries]
+        digests = [writer.file_entry(entry.file).sha256 for entry in entries]
+        notes = [record_plan(one) for one in digests if why_not_built_here(one)]
         notes += cache.notes if cache is not None else []
     else:
         entries = [onnxruntime_entry(writer, g, recipe, name) for g in graphs]

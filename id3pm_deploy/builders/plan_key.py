@@ -81,13 +81,17 @@ def builder_here(recipe: EngineRecipe) -> Builder | None:
     )
 
 
-def plan_key(graph: Path, recipe: EngineRecipe, builder: Builder) -> str:
+def plan_key(
+    graph: Path, recipe: EngineRecipe, builder: Builder, graph_sha256: str = ""
+) -> str:
     """SHA-256 over all that determines a plan, as 64 hexadecimal digits.
 
     Args:
         graph: An ONNX file; weights in other files count as well.
         recipe: Of the ``tensorrt`` backend.
         builder: Library and GPU.
+        graph_sha256: Of the file ``graph``, where the caller has checked it; empty to
+            hash it.
 
     Raises:
         BuildError: The graph cannot be read.
@@ -95,7 +99,7 @@ def plan_key(graph: Path, recipe: EngineRecipe, builder: Builder) -> str:
     facts = {
         "format": KEY_FORMAT,
         "format_version": KEY_VERSION,
-        "graph": _graph_hashes(graph),
+        "graph": _graph_hashes(graph, graph_sha256),
         "recipe": _recipe_in_key(recipe),
         "version": builder.version,
         "gpu": _gpu_in_key(recipe, builder.gpu),
@@ -122,10 +126,10 @@ def _gpu_in_key(recipe: EngineRecipe, gpu: GpuFacts | None) -> dict[str, Any] | 
     return dataclasses.asdict(gpu)
 
 
-def _graph_hashes(graph: Path) -> list[Any]:
+def _graph_hashes(graph: Path, digest: str) -> list[Any]:
     """The graph's hash, then names and hashes of the files that hold its weights."""
     try:
-        digest = sha256_of_file(graph)
+        digest = digest or sha256_of_file(graph)
     except OSError as error:
         raise BuildError(
             f"cannot read {graph}", why=error.strerror or str(error)

@@ -30,7 +30,7 @@ from ..files import hold, output_error, remove
 from ..progress import Tick, progress
 from ..recipes import dataclass_from_mapping
 from .cache import PlanCache
-from .plan_key import builder_here, depends_on_gpu, plan_key
+from .plan_key import Builder, builder_here, depends_on_gpu, plan_key
 from .recipe import EngineRecipe, is_portable
 
 _BOOT = (
@@ -40,6 +40,7 @@ _BOOT = (
 _TAIL_BYTES = 2000
 _PREFIX = "id3pm-plan-"
 _ATTEMPTS = 5
+_BOUND_TO = ("gpu_name", "compute_capability", "multiprocessors", "cuda")
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,45 @@ class BuiltPlan:
     from_cache: bool = False
 
 
+@dataclass(frozen=True)
+class PlanIdentity:
+    """What decides whether a plan that was built before is the one that is wanted.
+
+    Attributes:
+        builder: What of this machine determines it; None where that cannot be known.
+        key: What it is called in the cache; empty without a builder.
+    """
+
+    builder: Builder | None
+    key: str
+
+
+def plan_identity(
+    graph: Path, recipe: EngineRecipe, graph_sha256: str = ""
+) -> PlanIdentity:
+    """The identity of the plan that :func:`build_plan` would make here.
+
+    Args:
+        graph: As there.
+        recipe: As there.
+        graph_sha256: Of the file ``graph``, where the caller has checked it; empty to
+            hash it.
+
+    Raises:
+        BuildError: The graph cannot be read.
+    """
+    builder = builder_here(recipe)
+    if builder is None:
+        return PlanIdentity(None, "")
+    return PlanIdentity(builder, plan_key(graph, recipe, builder, graph_sha256))
+
+
 def build_plan(
-    graph: Path, recipe: EngineRecipe, cache: PlanCache | None, file: Path
+    graph: Path,
+    recipe: EngineRecipe,
+    cache: PlanCache | None,
+    file: Path,
+    identity: PlanIdentity | None = None,
 ) -> BuiltPlan:
     """Build a TensorRT plan, or take it from the cache; a bar shows how far it is.
 
@@ -101,6 +139,7 @@ def build_plan(
         cache: Where plans are kept; None to build whatever is there.
         file: Where the plan is written: a path whose folder exists, or the path of a
             ``ScratchFile``, as for ``graph``. After an error nothing is there.
+        identity: The plan's; None to find it out.
 
     Raises:
         RecipeError: The recipe is of another backend.
@@ -119,11 +158,12 @@ def build_plan(
     if _descriptor(graph) is None:
         graph = graph.resolve()  # weights lie beside the file, not beside a link to it
     _remove_dead_folders(Path(tempfile.gettempdir()))
-    builder = builder_here(recipe)
-    key = "" if builder is None else plan_key(graph, recipe, builder)
+    identity = identity or plan_identity(graph, recipe)
+    builder, key = identity.builder, identity.key
 
     def build() -> dict[str, Any]:
         built = _built(graph, recipe, file, key)
+        # The file is hashed now, whatever the key was made from.
         if builder is not None and plan_key(graph, recipe, builder) != key:
             raise BuildError(
                 f"{graph} has changed while its plan was built", fix="build it again"
@@ -169,15 +209,16 @@ def _built(graph: Path, recipe: EngineRecipe, file: Path, key: str) -> BuiltPlan
         plan_types=built["plan_types"],
         peak_device_memory_bytes=built.get("peak_device_memory_bytes"),
         plan_key=key,
-        **_bound_to(recipe, built.get("gpu")),
+        **bound_to(recipe, built.get("gpu")),
     )
 
 
-def _bound_to(recipe: EngineRecipe, gpu: dict[str, Any] | None) -> dict[str, Any]:
-    """What of the GPU that built it a plan is bound to."""
+def bound_to(recipe: EngineRecipe, gpu: dict[str, Any] | None) -> dict[str, Any]:
+    """What of the GPU that built it a plan is bound to; None for what it is not."""
+    bound: dict[str, Any] = dict.fromkeys(_BOUND_TO)
     if gpu is None or not (recipe.flavour == "tensorrt" or depends_on_gpu(recipe)):
-        return {}
-    bound = {"cuda": gpu["cuda"]}
+        return bound
+    bound["cuda"] = gpu["cuda"]
     if depends_on_gpu(recipe):
         bound["compute_capability"] = gpu["compute_capability"]
     if not is_portable(recipe):

@@ -230,6 +230,12 @@ class BundleWriter:
         files |= {n: dataclasses.asdict(e) for n, e in self._entries.items()}
         used = used_files(manifest)
         files = {name: entry for name, entry in files.items() if name in used}
+        if any(entry.file not in files for entry in self._engines):
+            raise BundleError(
+                f"the file of the new engine is no longer in {self.folder}",
+                why="another process has built another engine for its target meanwhile",
+                fix="build the engine again",
+            )
         manifest = dataclasses.replace(manifest, files=files)
         check_manifest(manifest, str(self.folder / MANIFEST_NAME))
         return manifest

@@ -126,7 +126,7 @@ def _rows(built: Any, entry: Any) -> list[tuple[str, str]]:
     rows = [
         ("engine", f"{entry.file} ({size:.1f} MB)"),
         ("runs on", f"{entry.flavour} {entry.version}, {entry.precision}"),
-        ("built in", f"{took}, before: from the cache" if built.from_cache else took),
+        ("built in", f"{took}, before; not built again" if built.from_cache else took),
     ]
     if entry.backend == "tensorrt":
         rows += _plan_rows(entry)
