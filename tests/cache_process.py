@@ -36,12 +36,12 @@ def main() -> None:
     folder, key, file, log, seconds = sys.argv[1:]
     cache = PlanCache(Path(folder))
     path = Path(file)
-    facts, taken = cache.get_or_build(
+    served = cache.get_or_build(
         key, lambda: build(path, Path(log), float(seconds)), path, lambda _: None
     )
-    assert facts == FACTS
+    assert served.facts == FACTS
     assert cache.notes == [], cache.notes
-    sys.stdout.write("taken\n" if taken else "built\n")
+    sys.stdout.write("taken\n" if served.from_cache else "built\n")
 
 
 if __name__ == "__main__":

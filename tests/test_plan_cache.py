@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 
 from id3pm_deploy.builders import cache as cache_module
 from id3pm_deploy.builders import cache_entry, cache_files
-from id3pm_deploy.builders.cache import DEFAULT_LIMIT_BYTES, PlanCache
+from id3pm_deploy.builders.cache import DEFAULT_LIMIT_BYTES, PlanCache, Served
 from id3pm_deploy.builders.cache_entry import Facts
 from id3pm_deploy.cli import main
 from id3pm_deploy.errors import BuildError, OutputError
@@ -50,10 +51,12 @@ class Caller:
             self.file.write_bytes(plan)
             return {"key": key, "seconds": 1.5}
 
-        facts, taken = cache.get_or_build(key, build, self.file, lambda _: None)
+        served = cache.get_or_build(key, build, self.file, lambda _: None)
         assert self.file.read_bytes() == plan
-        assert facts == {"key": key, "seconds": 1.5}
-        return taken, cache.notes
+        assert served.facts == {"key": key, "seconds": 1.5}
+        digest = hashlib.sha256(plan).hexdigest()
+        assert served.sha256 == (digest if served.from_cache else "")
+        return served.from_cache, cache.notes
 
 
 @pytest.fixture
@@ -217,9 +220,10 @@ def test_facts_that_are_not_to_be_used_are_built_again(caller: Caller) -> None:
             raise BuildError("of another release")
 
     cache = PlanCache(caller.folder)
-    assert cache.get_or_build(KEY, build, caller.file, check) == ({"new": True}, False)
+    assert cache.get_or_build(KEY, build, caller.file, check) == Served({"new": True})
     assert "of another release" in cache.notes[0]
-    assert cache.get_or_build(KEY, build, caller.file, check) == ({"new": True}, True)
+    again = cache.get_or_build(KEY, build, caller.file, check)
+    assert (again.facts, again.from_cache) == ({"new": True}, True)
 
 
 def spoil_by_link(folder: Path) -> None:
@@ -280,7 +284,7 @@ def test_without_a_home_there_is_no_cache(
         return {}
 
     for _ in range(2):
-        assert cache.get_or_build(KEY, build, file, lambda _: None) == ({}, False)
+        assert cache.get_or_build(KEY, build, file, lambda _: None) == Served({})
     assert "there is no home folder" in cache.notes[0]
     assert len(cache.notes) == 1
     assert cache.entries() == []
@@ -377,7 +381,7 @@ def test_pruning_disturbs_no_build(caller: Caller) -> None:
         cache.prune(0)
         return {}
 
-    assert cache.get_or_build(KEY, build, caller.file, lambda _: None)[1] is False
+    assert cache.get_or_build(KEY, build, caller.file, lambda _: None) == Served({})
     assert names(caller.folder) == [KEY]
     assert cache.notes == []
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from models import contents
 
 from id3pm_deploy.builders import onnx as onnx_module
+from id3pm_deploy.builders import plan_key as plan_key_module
 from id3pm_deploy.builders import tensorrt as tensorrt_module
 from id3pm_deploy.builders.build import build_engine
 from id3pm_deploy.builders.cache import PlanCache
@@ -281,6 +282,25 @@ def test_the_bundles_own_plan_needs_no_cache(bundle: Path, tmp_path: Path) -> No
     build(bundle)
     assert contents(bundle) == before
     check_plan(bundle)
+    assert plan_fakes.spawns() == 1
+
+
+def test_nothing_that_was_just_hashed_is_hashed_again(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the graph nor a plan, in the bundle that has it or in another one."""
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    build(bundle)
+
+    def hashed(*_: object) -> str:
+        raise AssertionError("hashed again")
+
+    monkeypatch.setattr(plan_key_module, "sha256_of_file", hashed)
+    monkeypatch.setattr(ScratchFile, "sha256", hashed)
+    for folder in (bundle, other):
+        assert build(folder)["from_cache"]
+        check_plan(folder)
+    assert contents(other) == contents(bundle)
     assert plan_fakes.spawns() == 1
 
 

@@ -50,6 +50,21 @@ class Pruned:
     size: int
 
 
+@dataclass(frozen=True)
+class Served:
+    """A plan that a file was filled with.
+
+    Attributes:
+        facts: What was known of it when it was built.
+        from_cache: Whether that was before.
+        sha256: Of the bytes that were written, where the cache wrote them; else empty.
+    """
+
+    facts: Facts
+    from_cache: bool = False
+    sha256: str = ""
+
+
 class PlanCache:
     """Plans in one folder of the user's, up to a size.
 
@@ -77,7 +92,7 @@ class PlanCache:
 
     def get_or_build(
         self, key: str, build: Callable[[], Facts], file: Path, check: Check
-    ) -> tuple[Facts, bool]:
+    ) -> Served:
         """Fill ``file`` with the plan of ``key``: from the cache, or by building it.
 
         Of several processes that want the same plan one builds, the others wait for
@@ -89,9 +104,6 @@ class PlanCache:
             file: Is overwritten.
             check: Looks at what is known of a kept plan before it is taken.
 
-        Returns:
-            What ``build`` returned, now or then, and whether it was then.
-
         Raises:
             OutputError: ``file`` cannot be written.
             Id3pmError: Whatever ``build`` raises.
@@ -99,16 +111,16 @@ class PlanCache:
         if _KEY.fullmatch(key) is None:
             raise ValueError(f"{key!r} is no key")
         if (taken := self._taken(key, file, check, alone=False)) is not None:
-            return taken, True
+            return taken
         with self._locked(key) as usable:
             if usable:
                 taken = self._taken(key, file, check, alone=True)
                 if taken is not None:
-                    return taken, True
+                    return taken
             facts = build()
             if usable:
                 self._keep(key, file, facts)
-        return facts, False
+        return Served(facts)
 
     def entries(self) -> list[Listed]:
         """What is kept, the most recently used first.
@@ -141,7 +153,7 @@ class PlanCache:
 
     def _taken(
         self, key: str, file: Path, check: Check, *, alone: bool
-    ) -> Facts | None:
+    ) -> Served | None:
         """Copy a kept plan to ``file``; None if there is none that is right.
 
         ``alone``, with the key's lock, a wrong one is removed.
@@ -152,16 +164,16 @@ class PlanCache:
             if reason := why_not_ours(self.folder):
                 self._note_unusable(reason)
                 return None
-            facts = self._copied(key, file, check)
+            served = self._copied(key, file, check)
         except (OSError, BuildError) as error:
             if alone and os.path.lexists(self.folder / key):
                 self._discard(key, reason_of(error))
             return None
         with contextlib.suppress(OSError):
             self._tidy(key)
-        return facts
+        return served
 
-    def _copied(self, key: str, file: Path, check: Check) -> Facts:
+    def _copied(self, key: str, file: Path, check: Check) -> Served:
         """Raises OSError or BuildError for an entry that is not to be used."""
         folder = self._place() / key
         entry = read_entry(folder)
@@ -180,7 +192,7 @@ class PlanCache:
                 raise BuildError("the plan's SHA-256 is another one")
         with contextlib.suppress(OSError):
             os.utime(folder / ENTRY_NAME)
-        return entry.facts
+        return Served(entry.facts, True, entry.sha256)
 
     def _discard(self, key: str, reason: str) -> None:
         self._note(

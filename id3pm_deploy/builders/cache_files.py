@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,9 @@ _CHUNK = 1 << 20
 def copy_hashed(source: BinaryIO, target: Path, *, durable: bool = False) -> str:
     """Overwrite ``target`` with what is left of ``source``; returns its SHA-256.
 
+    The bytes that are written are the bytes that are hashed, by a thread of its own:
+    either takes as long as the other.
+
     Args:
         source: An open file.
         target: An existing file.
@@ -28,19 +32,25 @@ def copy_hashed(source: BinaryIO, target: Path, *, durable: bool = False) -> str
         OutputError: ``target`` cannot be written.
     """
     digest = hashlib.sha256()
+    hashed: Future[None] | None = None
     with contextlib.ExitStack() as stack:
+        hasher = stack.enter_context(ThreadPoolExecutor(1))
         try:
             handle = stack.enter_context(open(target, "wb", buffering=0))
         except OSError as error:
             raise output_error(target, error) from error
         while piece := source.read(_CHUNK):
-            digest.update(piece)
+            if hashed is not None:
+                hashed.result()
+            hashed = hasher.submit(digest.update, piece)
             try:
                 left = memoryview(piece)
                 while left:
                     left = left[handle.write(left) :]
             except OSError as error:
                 raise output_error(target, error) from error
+        if hashed is not None:
+            hashed.result()
         if durable:
             try:
                 os.fsync(handle.fileno())

@@ -112,20 +112,20 @@ def _tensorrt_entry(
     identity = None
     if cache is not None:
         # What ``path_of`` checked is not hashed again; a build does it anew.
-        digest = writer.file_entry(graph.file).sha256
-        identity = plan_identity(path, recipe, digest)
+        checked = writer.file_entry(graph.file).sha256
+        identity = plan_identity(path, recipe, checked)
         if (own := _own_entry(writer, graph, recipe, target, identity)) is not None:
             return own, True
     file = ScratchFile(writer.folder)
     plan = build_plan(path, recipe, cache, file.path, identity)
     facts = dict(vars(plan))
-    taken = facts.pop("from_cache")
+    taken, digest = facts.pop("from_cache"), facts.pop("sha256")
     facts["build_seconds"] = round(plan.build_seconds, 3)
     entry = EngineEntry(
         target=target,
         backend=recipe.backend,
         graph=graph.file,
-        file=writer.add_file(target, ".plan", file),
+        file=writer.add_file(target, ".plan", file, digest),
         hardware_compatibility=recipe.hardware_compatibility,
         version_compatible=recipe.version_compatible,
         settings=_as_json(recipe),

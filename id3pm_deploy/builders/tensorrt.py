@@ -29,7 +29,7 @@ from ..errors import BuildError, Id3pmError, RecipeError
 from ..files import hold, output_error, remove
 from ..progress import Tick, progress
 from ..recipes import dataclass_from_mapping
-from .cache import PlanCache
+from .cache import PlanCache, Served
 from .plan_key import Builder, builder_here, depends_on_gpu, plan_key
 from .recipe import EngineRecipe, is_portable
 
@@ -40,6 +40,8 @@ _BOOT = (
 _TAIL_BYTES = 2000
 _PREFIX = "id3pm-plan-"
 _ATTEMPTS = 5
+_OF_NOW = ("from_cache", "sha256")
+"""Fields of a BuiltPlan that are not kept with it."""
 _BOUND_TO = ("gpu_name", "compute_capability", "multiprocessors", "cuda")
 
 
@@ -69,6 +71,7 @@ class BuiltPlan:
             matter.
         plan_key: What it is called in the cache; empty where that is unknown.
         from_cache: Whether it was taken from there; all else is as it was built.
+        sha256: Of the bytes that were written, if it was taken from there.
     """
 
     flavour: str
@@ -88,6 +91,7 @@ class BuiltPlan:
     cuda: str | None = None
     plan_key: str = ""
     from_cache: bool = False
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,14 +172,19 @@ def build_plan(
             raise BuildError(
                 f"{graph} has changed while its plan was built", fix="build it again"
             )
-        return dataclasses.asdict(built)
+        facts = dataclasses.asdict(built)
+        for name in _OF_NOW:
+            del facts[name]
+        return facts
 
     with _removed_after_failure(file):
         if cache is None or not key:
-            facts, taken = build(), False
+            served = Served(build())
         else:
-            facts, taken = cache.get_or_build(key, build, file, _plan_from)
-    return dataclasses.replace(_plan_from(facts), from_cache=taken)
+            served = cache.get_or_build(key, build, file, _plan_from)
+    return dataclasses.replace(
+        _plan_from(served.facts), from_cache=served.from_cache, sha256=served.sha256
+    )
 
 
 def _plan_from(facts: dict[str, Any]) -> BuiltPlan:

@@ -132,10 +132,19 @@ class BundleWriter:
         self._graphs: list[GraphEntry] = []
         self._engines: list[EngineEntry] = []
 
-    def add_file(self, prefix: str, suffix: str, data: bytes | ScratchFile) -> str:
-        """Keep ``data`` under a name made of its SHA-256; returns the name."""
+    def add_file(
+        self, prefix: str, suffix: str, data: bytes | ScratchFile, sha256: str = ""
+    ) -> str:
+        """Keep ``data`` under a name made of its SHA-256; returns the name.
+
+        Args:
+            prefix: What the name begins with.
+            suffix: What it ends with.
+            data: The bytes.
+            sha256: Of a ScratchFile whose writer hashed what it wrote; empty to hash.
+        """
         if isinstance(data, ScratchFile):
-            size, digest = data.size, data.sha256()
+            size, digest = data.size, sha256 or data.sha256()
         else:
             size, digest = len(data), hashlib.sha256(data).hexdigest()
         plain = re.sub(r"[^A-Za-z0-9]+", "-", prefix).strip("-")[:60] or "file"
