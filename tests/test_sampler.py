@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from models import random_identity, tiny_network, tiny_spec
 
-from id3pm_deploy.backends.base import Engine, EngineInfo, step_shapes
+from id3pm_deploy.backends.base import Engine, EngineInfo, RowEngine, step_shapes
 from id3pm_deploy.backends.torch import TorchEngine
 from id3pm_deploy.errors import InputError
 from id3pm_deploy.guidance import (
@@ -45,7 +45,7 @@ PLAIN, GUIDED = GuidanceSettings(1.0), GuidanceSettings(2.0)
 MOVED = GuidanceSettings(4.0, "linear", interval=(200, 900), rescale=0.6)
 
 
-class RecordingEngine(Engine):
+class RecordingEngine(RowEngine):
     """Keeps x_T as its state and notes every call."""
 
     def __init__(self) -> None:
@@ -66,6 +66,12 @@ class RecordingEngine(Engine):
 
     def _guide(self, guidance: GuidanceTable) -> None:
         self.calls.append(("guide", guidance))
+
+    def _replace(
+        self, samples: Sequence[int], x_t: Float32, low_res: Float32 | None
+    ) -> None:
+        self.calls.append(("replace", list(samples)))
+        self._state[0, list(samples)] = x_t
 
     def _run(self, step: Float32, noise: Float32 | None) -> Float32:
         self.calls.append(("row", step.copy(), noise))

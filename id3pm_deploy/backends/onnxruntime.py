@@ -7,6 +7,7 @@ so nothing is allocated or copied between steps, not even where guidance changes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from ..optional import require
 from ..solvers import RESCALE_COLUMN, STEP_WIDTH
 from .base import (
     STEP_OUTPUTS,
-    Engine,
     EngineInfo,
     Float32,
+    RowEngine,
     StepShapes,
     check_array,
     empty_state,
@@ -166,7 +167,7 @@ def _check_inputs(session: Any, shapes: StepShapes) -> None:
             )
 
 
-class OnnxRuntimeEngine(Engine):
+class OnnxRuntimeEngine(RowEngine):
     """Engine over ONNX Runtime's CPU provider.
 
     Args:
@@ -204,6 +205,8 @@ class OnnxRuntimeEngine(Engine):
     def _begin(
         self, x_t: Float32, guidance: GuidanceTable, low_res: Float32 | None
     ) -> None:
+        if self._session is None:
+            raise EngineError("the engine was closed")
         held = self._samples
         if held is None or len(held.arrays["step"]) != guidance.samples:
             self._forget()
@@ -216,6 +219,16 @@ class OnnxRuntimeEngine(Engine):
         if low_res is not None:
             held.arrays["low_res"][...] = low_res
         self._guide(guidance)
+
+    def _replace(
+        self, samples: Sequence[int], x_t: Float32, low_res: Float32 | None
+    ) -> None:
+        held, places = self._buffers(), list(samples)
+        state = held.states[held.turn]
+        state[:, places] = 0.0
+        state[0, places] = x_t
+        if low_res is not None:
+            held.arrays["low_res"][places] = low_res
 
     def _guide(self, guidance: GuidanceTable) -> None:
         size = guidance.unet_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,17 @@ from ..errors import EngineError, first_line
 from ..guidance import GuidanceTable
 from ..reference.step import step_module
 from ..reference.unet import IdentityUNet
-from .base import Engine, EngineInfo, Float32, StepShapes, check_array, empty_state
+from .base import (
+    EngineInfo,
+    Float32,
+    RowEngine,
+    StepShapes,
+    check_array,
+    empty_state,
+)
 
 
-class TorchEngine(Engine):
+class TorchEngine(RowEngine):
     """Engine over the PyTorch step module, on a CPU or a CUDA device.
 
     Args:
@@ -75,6 +83,8 @@ class TorchEngine(Engine):
     def _begin(
         self, x_t: Float32, guidance: GuidanceTable, low_res: Float32 | None
     ) -> None:
+        if self._module is None:
+            raise EngineError("the engine was closed")
         state = empty_state(guidance.samples, self.shapes)
         state[0] = x_t
         self._state = self._tensor(state)
@@ -82,6 +92,18 @@ class TorchEngine(Engine):
         self._zero_noise = torch.zeros_like(self._state[0])
         self._low_res = None if low_res is None else self._tensor(low_res)
         self._guide(guidance)
+
+    @torch.inference_mode()
+    def _replace(
+        self, samples: Sequence[int], x_t: Float32, low_res: Float32 | None
+    ) -> None:
+        places = list(samples)
+        # In a copy: the state may be a tensor that the module still holds.
+        self._state = self._state.clone()
+        self._state[:, places] = 0.0
+        self._state[0, places] = self._tensor(x_t)
+        if low_res is not None:
+            self._low_res[places] = self._tensor(low_res)
 
     def _guide(self, guidance: GuidanceTable) -> None:
         self._constant = tuple(
