@@ -19,8 +19,7 @@ _CHUNK = 1 << 20
 def copy_hashed(source: BinaryIO, target: Path, *, durable: bool = False) -> str:
     """Overwrite ``target`` with what is left of ``source``; returns its SHA-256.
 
-    The bytes that are written are the bytes that are hashed, by a thread of its own:
-    either takes as long as the other.
+    What is hashed, by a thread, are the very bytes that are being written.
 
     Args:
         source: An open file.
