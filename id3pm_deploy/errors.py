@@ -95,6 +95,14 @@ class NonFiniteError(EngineError):
     """The network produced NaN or infinity; the samples concerned are not written."""
 
 
+class CancelledError(Id3pmError):
+    """A run was stopped before its end because somebody asked for that."""
+
+
+class DeadlineError(Id3pmError):
+    """A run was stopped because it is, or would be, too late."""
+
+
 class BuildError(Id3pmError):
     """A graph cannot be exported or a plan cannot be built."""
 
