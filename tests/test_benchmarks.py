@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from id3pm_deploy.benchmark import rounds as shared_rounds
 from id3pm_deploy.errors import InputError, ParityError
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -59,7 +60,7 @@ def test_one_value_has_no_interval() -> None:
 def test_the_interval_holds_the_true_median_as_often_as_it_says(
     monkeypatch: pytest.MonkeyPatch, rounds: int
 ) -> None:
-    monkeypatch.setattr(harness, "_RESAMPLES", 1000)
+    monkeypatch.setattr(shared_rounds, "_RESAMPLES", 1000)
     rng = np.random.default_rng(5)
     trials = 400
     # As machines are: a floor, and a long tail above it. The true median is 2.

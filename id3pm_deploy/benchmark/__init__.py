@@ -1,0 +1,1 @@
+"""What ``id3pm-deploy benchmark`` measures, how, and how it is shown."""
