@@ -131,12 +131,14 @@ class Rig(ABC):
 
     @abstractmethod
     def fetch(self, name: str) -> Float32:
-        """A copy of ``state`` [K, B, C, H, W] or ``x0`` [B, C, H, W]; waits."""
+        """A copy of ``state`` [K, B, C, H, W], ``x0`` [B, C, H, W] or ``low_res``
+        [B, C, h, w]; waits."""
 
     @abstractmethod
     def finite(self) -> list[Float32]:
         """The logs [n, R] of all slots that were finished since the last call, in
-        order; waits."""
+        order; waits. A log that is there when its slot is staged again is kept aside.
+        Nothing was ever finished: an empty list."""
 
     @abstractmethod
     def low_res_from(self, other: Rig, first: int) -> bool:
