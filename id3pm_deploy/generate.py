@@ -39,7 +39,7 @@ from .staging import staged_folder
 RECORD_NAME = "record.json"
 SHEET_NAME = "sheet.png"
 _SHEET_MOST = 64
-_RECORD_FORMAT = "id3pm-run"
+RECORD_FORMAT, RECORD_VERSION = "id3pm-run", 1
 
 Float32 = npt.NDArray[np.float32]
 
@@ -236,7 +236,7 @@ def sample_to_folder(
             made = make_pictures(
                 engine, model, settings, wanted, lambda _: tick(), small
             )
-        record = _record(made, settings, engine, model)
+        record = run_record(made, settings, engine, model)
         if given is not None and not given.generated:
             marks = (dataclasses.replace(m, composite=True) for m in made.marks)
             made = dataclasses.replace(made, marks=tuple(marks))
@@ -264,7 +264,7 @@ def _enlarged(
     chosen, wanted = second.settings, second.wanted
     with second.open_engine() as engine:
         large = make_pictures(engine, second.model, chosen, wanted, on_row, small)
-    record = _stage_record(large, chosen, engine, second.model)
+    record = stage_record(large, chosen, engine, second.model)
     marks = map(enlarged_mark, made.marks, large.marks)
     failed = made.failed | large.failed
     return dataclasses.replace(large, marks=tuple(marks), failed=failed), record
@@ -306,7 +306,7 @@ def is_run(folder: Path) -> bool:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and record.get("format") == _RECORD_FORMAT
+    return isinstance(record, dict) and record.get("format") == RECORD_FORMAT
 
 
 def save_pictures(
@@ -333,17 +333,18 @@ def save_pictures(
         OutputError: Something cannot be written.
     """
     make_folder(Path(os.path.abspath(out)).parent)
+    numbers = [mark.sample for mark in pictures.marks]
+    good = np.flatnonzero(~pictures.failed)
     with staged_folder(out) as staging:
-        good = np.flatnonzero(~pictures.failed)
         for index in good:
-            path = staging / f"sample-{index:05d}.png"
+            path = staging / f"sample-{numbers[index]:05d}.png"
             save_png(path, pictures.pixels[index], pictures.marks[index])
         if len(good):
             _save_sheet(staging / SHEET_NAME, pictures, good, columns)
         write_json(staging / RECORD_NAME, record)
         check_output(out, force=force)
     if pictures.failed.any():
-        bad = ", ".join(map(str, np.flatnonzero(pictures.failed)))
+        bad = ", ".join(str(numbers[i]) for i in np.flatnonzero(pictures.failed))
         mark = pictures.marks[0]
         ran = " and ".join(filter(None, (mark.precision, mark.sr_precision)))
         raise NonFiniteError(
@@ -365,15 +366,15 @@ def _save_sheet(
     save_sheet(path, sheet, dataclasses.replace(pictures.marks[0], sample=None))
 
 
-def _record(
+def run_record(
     pictures: Pictures, settings: SampleSettings, engine: Engine, model: Model
 ) -> dict[str, Any]:
-    """Everything needed to make the pictures again, and nothing of the identities but
-    the random ids of their file."""
-    own = _stage_record(pictures, settings, engine, model)
+    """Everything needed to make the pictures again but ``samples``, and nothing of the
+    identities."""
+    own = stage_record(pictures, settings, engine, model)
     return {
-        "format": _RECORD_FORMAT,
-        "format_version": 1,
+        "format": RECORD_FORMAT,
+        "format_version": RECORD_VERSION,
         "tool_version": __version__,
         **own,
         "seed": settings.seed,
@@ -384,9 +385,10 @@ def _record(
     }
 
 
-def _stage_record(
+def stage_record(
     pictures: Pictures, settings: SampleSettings, engine: Engine, model: Model
 ) -> dict[str, Any]:
+    """The part of a run record that each stage of a chain has."""
     return {
         "checkpoint": model.title,
         "checkpoint_sha256": model.weights_sha256,
