@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 from fakes.cuda_driver import FakeDriver, Status
 
-from id3pm_deploy.backends.cuda import ALIGNMENT, Buffer, Cuda, Stream
+from id3pm_deploy.backends.cuda import Cuda, Stream
+from id3pm_deploy.backends.device_buffers import ALIGNMENT, Buffer
 from id3pm_deploy.errors import DeviceMemoryError, EngineError
 
 
@@ -196,6 +199,31 @@ def test_too_little_memory_is_called_that(driver: FakeDriver) -> None:
     assert driver.alive() == {}
 
 
+def test_what_is_closed_is_released_once(driver: FakeDriver) -> None:
+    with Cuda(driver=driver) as cuda:
+        free, buffer = cuda.free_memory(), cuda.buffer(64)
+        buffer.close()
+        buffer.close()
+        assert cuda.free_memory() == free
+        host = cuda.host_buffer(64)
+        host.close()
+        assert set(driver.alive()) == {"contexts"}
+    assert driver.names().count("cuMemFree") == 1
+
+
+def test_another_thread_takes_over(driver: FakeDriver) -> None:
+    with Cuda(driver=driver) as cuda:
+        assert cuda.name == "NVIDIA Fake"
+        threads = [threading.Thread(target=cuda.buffer, args=(8,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+            thread.join()
+        cuda.free_memory()
+    assert driver.names().count("cuCtxSetCurrent") >= 2
+    assert driver.names()[-4] == "cuMemFree"
+    assert driver.alive() == {}
+
+
 def test_every_name_is_in_cuda_python(driver: FakeDriver) -> None:
     real: Any = pytest.importorskip("cuda.bindings.driver")
 
@@ -212,11 +240,18 @@ def test_every_name_is_in_cuda_python(driver: FakeDriver) -> None:
         stream.synchronize()
         mark.synchronize()
         assert mark.milliseconds_since(mark) == 0
-        cuda.free_memory()
+        kernel = cuda.kernel(".entry low_res_from_pictures(", "low_res_from_pictures")
+        count = ctypes.c_size_t(1)
+        stream.run(kernel, 1, *(ctypes.c_void_p(device.address),) * 2, count)
+        thread = threading.Thread(target=cuda.free_memory)
+        thread.start()
+        thread.join()
     called = {n for n in dir(FakeDriver) if n.startswith("cu") and n[2].isupper()}
     assert called - set(driver.names()) == {"cuGetErrorName", "cuGetErrorString"}
     for name in called:
         assert callable(getattr(real, name)), name
+    for number in Status:
+        assert getattr(real.CUresult, number.name) == number
     assert real.CUresult.CUDA_ERROR_OUT_OF_MEMORY == Status.CUDA_ERROR_OUT_OF_MEMORY
     assert real.CUstream_flags.CU_STREAM_NON_BLOCKING == 1
     assert real.CUevent_flags.CU_EVENT_DISABLE_TIMING == 2

@@ -1,66 +1,31 @@
 """CUDA's driver API through cuda-python, for engines on a GPU that need no torch.
 
 The only file that calls CUDA to run something; ``doctor`` and the builder ask the
-driver for facts by themselves. No engine uses it yet, and it has been run against a
-stand-in for the driver only. Memory, streams, events and graphs are those of a device's
-primary context, which PyTorch and ONNX Runtime use as well, so that tensors of one are
-good for the other. Nothing touches CUDA before ``Cuda`` is entered, everything made
-through it is released when it is left, the latest first, and each call's status is
-looked at. Sizes are in bytes.
+driver for facts by themselves. The TensorRT backend runs on it; it has been run against
+a stand-in for the driver only. Names and arguments are those of ``cuda-bindings`` 12.8
+to 13.5 (``tests/cuda_names.py``). Memory, streams, events, graphs and kernels are those
+of a device's primary context, which PyTorch and ONNX Runtime use as well, so that
+tensors of one are good for the other. Nothing touches CUDA before ``Cuda`` is entered,
+what was made through it and not closed is released when it is left, the latest first,
+and each call's status is looked at. Sizes are in bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from ..errors import DeviceMemoryError, EngineError
 from ..optional import require
-
-ALIGNMENT = 256
-"""Of every buffer's address, as TensorRT wants it."""
+from .device_buffers import ALIGNMENT, Buffer, HostBuffer, Release
 
 _EXTRA = "cuda"
-
-
-class Buffer:
-    """Memory on the device at a constant address.
-
-    Attributes:
-        address: Where it begins, a multiple of ALIGNMENT.
-        size: Its length.
-    """
-
-    def __init__(self, address: int, size: int) -> None:
-        self.address, self.size = address, size
-
-    def at(self, offset: int, size: int) -> int:
-        """The address of ``size`` bytes from ``offset`` on, which lie inside."""
-        if min(offset, size) < 0 or offset + size > self.size:
-            raise ValueError(f"{size} bytes from {offset} are not in {self.size}")
-        return self.address + offset
-
-
-class HostBuffer(Buffer):
-    """Page-locked memory of the host, which the device copies to and from by itself."""
-
-    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """The beginning of the buffer as an array; good as long as the buffer is.
-
-        Args:
-            shape: Its shape.
-            dtype: Its type.
-        """
-        kind = np.dtype(dtype)
-        size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
-        self.at(0, size)
-        raw = (ctypes.c_ubyte * self.size).from_address(self.address)
-        return np.frombuffer(memoryview(raw), np.uint8, size).view(kind).reshape(shape)
+_BLOCK = 256
+"""Threads of a block."""
+_LONGEST_NAME = 256
 
 
 class Event:
@@ -82,15 +47,25 @@ class Event:
         return found
 
 
+class Kernel:
+    """A function of a module of PTX; ``handle`` is CUDA's."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+
 class Graph:
     """Captured work, ready to be launched again and again.
 
     Attributes:
         nodes: How many operations it holds.
+        bytes: Memory of the device that it took, at a grain of the driver's.
     """
 
-    def __init__(self, cuda: Cuda, handle: Any, nodes: int) -> None:
-        self._cuda, self._handle, self.nodes = cuda, handle, nodes
+    def __init__(self, cuda: Cuda, handle: Any, nodes: int, size: int) -> None:
+        self._cuda, self._handle = cuda, handle
+        self.nodes, self.bytes = nodes, size
+        self._release = cuda.hold("cuGraphExecDestroy", handle)
 
     def launch(self, stream: Stream) -> None:
         """Queue all of it on a stream."""
@@ -101,9 +76,8 @@ class Graph:
 
     def close(self) -> None:
         """Release it; nothing happens if that was done before."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            self._cuda.call("cuGraphExecDestroy", handle)
+        self._handle = None
+        self._release()
 
 
 class Stream:
@@ -148,6 +122,22 @@ class Stream:
         """Fill a buffer with zeros."""
         self._cuda.call("cuMemsetD8Async", target.address, 0, target.size, self.handle)
 
+    def run(self, kernel: Kernel, threads: int, *arguments: Any) -> None:
+        """Queue a kernel of one dimension.
+
+        Args:
+            kernel: Which.
+            threads: How many it needs; rounded up to whole blocks.
+            arguments: What it takes, as ctypes values.
+        """
+        places = [ctypes.addressof(argument) for argument in arguments]
+        listed = (ctypes.c_void_p * len(places))(*places)
+        blocks = -(-threads // _BLOCK)
+        shape = (blocks, 1, 1, _BLOCK, 1, 1, 0, self.handle)
+        self._cuda.call(
+            "cuLaunchKernel", kernel.handle, *shape, ctypes.addressof(listed), 0
+        )
+
     def record(self, event: Event) -> None:
         """Mark this place in the queue."""
         self._cuda.call("cuEventRecord", event.handle, self.handle)
@@ -189,15 +179,17 @@ class Stream:
         template = cuda.call("cuStreamEndCapture", self.handle)
         try:
             nodes = int(cuda.call("cuGraphGetNodes", template)[1])
-            graph = Graph(cuda, cuda.call("cuGraphInstantiate", template, 0), nodes)
+            free = cuda.free_memory()
+            handle = cuda.call("cuGraphInstantiate", template, 0)
+            return Graph(cuda, handle, nodes, max(0, free - cuda.free_memory()))
         finally:
             cuda.call("cuGraphDestroy", template)
-        cuda.releases.callback(graph.close)
-        return graph
 
 
 class Cuda:
-    """A device's primary context, current in this thread from entry to exit.
+    """A device's primary context, current in the thread that uses it until exit.
+
+    One thread at a time may use it; another may take over when that one is done.
 
     Args:
         device: Which GPU, counted as the driver counts those that are visible.
@@ -206,13 +198,17 @@ class Cuda:
 
     Attributes:
         driver: The module.
-        releases: What is to be done on the way out, the latest first.
+        name: The GPU's, once it is entered.
     """
 
     def __init__(self, device: int = 0, driver: Any = None) -> None:
         self.driver = driver
-        self.releases = contextlib.ExitStack()
+        self.name = ""
+        self._held: dict[object, tuple[str, Any]] = {}
+        self._context = contextlib.ExitStack()
         self._index = device
+        self._primary: Any = None
+        self._thread = 0
         self._capturing = False
 
     def __enter__(self) -> Cuda:
@@ -231,12 +227,39 @@ class Cuda:
             context = self.call("cuDevicePrimaryCtxRetain", device)
             stack.callback(self.call, "cuDevicePrimaryCtxRelease", device)
             self.call("cuCtxPushCurrent", context)
-            stack.callback(self.call, "cuCtxPopCurrent")
-            self.releases = stack.pop_all()
+            stack.callback(self._leave, threading.get_ident())
+            name = self.call("cuDeviceGetName", _LONGEST_NAME, device)
+            self.name = bytes(name).split(b"\0")[0].decode(errors="replace")
+            self._primary, self._thread = context, threading.get_ident()
+            self._context = stack.pop_all()
         return self
 
+    def _leave(self, entered_by: int) -> None:
+        self._primary = None
+        if threading.get_ident() == entered_by:
+            self.call("cuCtxPopCurrent")
+
     def __exit__(self, *_: object) -> None:
-        self.releases.close()
+        with self._context as stack:
+            for function, handle in self._held.values():
+                stack.callback(self.call, function, handle)
+            self._held = {}
+
+    def hold(self, function: str, handle: Any) -> Release:
+        """Have ``function`` called for ``handle`` by what is returned, or at exit.
+
+        Args:
+            function: Of the driver API, releases ``handle``.
+            handle: CUDA's.
+        """
+        key = object()
+        self._held[key] = function, handle
+
+        def release() -> None:
+            if self._held.pop(key, None) is not None:
+                self.call(function, handle)
+
+        return release
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the driver API.
@@ -248,6 +271,9 @@ class Cuda:
             DeviceMemoryError: The GPU's memory is not enough.
             EngineError: It failed; its name and CUDA's are in the error.
         """
+        if self._primary is not None and self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            self.call("cuCtxSetCurrent", self._primary)
         status, *found = getattr(self.driver, name)(*arguments)
         if int(status) != 0:
             raise self._error(name, status)
@@ -296,24 +322,26 @@ class Cuda:
         """
         self.refuse_in_capture("allocating memory")
         handle = self.call("cuMemAlloc", max(size, 1))
-        self.releases.callback(self.call, "cuMemFree", handle)
+        close = self.hold("cuMemFree", handle)
         address = int(handle)
         assert address % ALIGNMENT == 0, "cuMemAlloc aligns to 256 bytes"
+        # On the default queue, for which the streams made here do not wait.
         self.call("cuMemsetD8", handle, 0, max(size, 1))
-        return Buffer(address, size)
+        self.call("cuStreamSynchronize", 0)
+        return Buffer(address, size, close)
 
     def host_buffer(self, size: int) -> HostBuffer:
         """Page-locked memory of the host, which is not cleared."""
         self.refuse_in_capture("allocating memory")
         handle = self.call("cuMemHostAlloc", max(size, 1), 0)
-        self.releases.callback(self.call, "cuMemFreeHost", handle)
-        return HostBuffer(int(handle), size)
+        close = self.hold("cuMemFreeHost", handle)
+        return HostBuffer(int(handle), size, close)
 
     def stream(self) -> Stream:
         """A queue that does not wait for the default one."""
         flag = self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         handle = self.call("cuStreamCreate", int(flag))
-        self.releases.callback(self.call, "cuStreamDestroy", handle)
+        self.hold("cuStreamDestroy", handle)
         return Stream(self, handle)
 
     def event(self, *, timing: bool = False) -> Event:
@@ -321,8 +349,20 @@ class Cuda:
         flags = self.driver.CUevent_flags
         flag = flags.CU_EVENT_DEFAULT if timing else flags.CU_EVENT_DISABLE_TIMING
         handle = self.call("cuEventCreate", int(flag))
-        self.releases.callback(self.call, "cuEventDestroy", handle)
+        self.hold("cuEventDestroy", handle)
         return Event(self, handle)
+
+    def kernel(self, ptx: str, name: str) -> Kernel:
+        """A function of a module, which the driver compiles for its GPU.
+
+        Raises:
+            EngineError: The driver is too old for the PTX, or there is no such name.
+        """
+        self.refuse_in_capture("loading a module")
+        text = ctypes.create_string_buffer(ptx.encode())  # ends with a zero byte
+        module = self.call("cuModuleLoadData", ctypes.addressof(text))
+        self.hold("cuModuleUnload", module)
+        return Kernel(self.call("cuModuleGetFunction", module, name.encode()))
 
     def free_memory(self) -> int:
         """Bytes of the device's memory that nobody uses."""
