@@ -6,7 +6,10 @@ its picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,16 +17,21 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends.base import Engine
-from .errors import InputError
+from .errors import CancelledError, DeadlineError, InputError
 from .guidance import GuidancePlan, GuidanceSettings, guidance_plan
 from .noise import batch_normals
+from .noise_ahead import NoiseAhead
 from .solvers import RESCALE_COLUMN, SolverTable
 
 Float32 = npt.NDArray[np.float32]
 
 
 class NoiseSource(Protocol):
-    """Where x_T and the noise of the table rows come from."""
+    """Where x_T and the noise of the table rows come from.
+
+    ``row`` is called by another thread than ``start``, in the order of the table rows,
+    while the engine works.
+    """
 
     def start(self, samples: Sequence[int], shape: tuple[int, ...]) -> Float32:
         """x_T of the samples, unit variance: [B, C, H, W] float32."""
@@ -87,6 +95,36 @@ class SampleBatch:
     failed: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class Limits:
+    """When a run is given up; looked at between chunks of table rows.
+
+    Attributes:
+        deadline: A moment of ``time.monotonic``.
+        cancelled: Set by whoever wants the run to stop.
+    """
+
+    deadline: float | None = None
+    cancelled: threading.Event | None = None
+
+    def check(self) -> None:
+        """Raise where a limit is reached.
+
+        Raises:
+            CancelledError, DeadlineError: It is.
+        """
+        if self.cancelled is not None and self.cancelled.is_set():
+            raise CancelledError("the run was cancelled")
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise DeadlineError(
+                "the run did not end before its deadline",
+                fix="give it more time, or take fewer steps or pictures",
+            )
+
+
+_NO_LIMITS = Limits()
+
+
 def step_rows(table: SolverTable, plan: GuidancePlan) -> Float32:
     """The solver's table with what guidance puts into it: [N, S] float32."""
     rows: Float32 = table.rows.copy()
@@ -94,38 +132,74 @@ def step_rows(table: SolverTable, plan: GuidancePlan) -> Float32:
     return rows
 
 
-def walk(engine: Engine, job: SampleJob, samples: Sequence[int]) -> Iterator[int]:
-    """Begin a trajectory and run its table rows; yields j after table row j.
+def table_chunks(table: SolverTable, plan: GuidancePlan, most: int) -> Iterator[range]:
+    """Table rows that may be run in one call, in order.
 
-    The engine's getters may be used after each row, and ``load_state`` too: the next
-    row then starts from that state.
+    Those of a chunk follow each other, share a guidance table and all take noise or
+    all take none; there are at most ``most``.
+    """
+    begun = 0
+    kinds = list(zip(plan.index.tolist(), table.stochastic.tolist(), strict=True))
+    for j in range(1, len(kinds) + 1):
+        if j == len(kinds) or kinds[j] != kinds[begun] or j - begun == most:
+            yield range(begun, j)
+            begun = j
+
+
+def walk(
+    engine: Engine,
+    job: SampleJob,
+    samples: Sequence[int],
+    limits: Limits = _NO_LIMITS,
+    most: int | None = None,
+) -> Generator[int, None, None]:
+    """Begin a trajectory and run its table rows; yields j after each chunk of them, j
+    being its last row.
+
+    The engine's getters may be used after each chunk, and ``load_state`` too: the next
+    row then starts from that state. Close the generator if it is not used up.
 
     Args:
         engine: An entered engine.
         job: What to sample.
         samples: Which of the job's samples, as positions in ``job.identity``.
+        limits: When to give up.
+        most: Rows of a chunk; 1 yields after every table row. None: what the engine
+            takes at once.
 
     Raises:
         InputError: The guidance does not fit the table.
         EngineError: The engine cannot run the table.
+        CancelledError, DeadlineError: A limit was reached before the last chunk.
     """
     shape = engine.shapes.picture
     numbers = [job.first_sample + i for i in samples]
     identity = np.ascontiguousarray(job.identity[list(samples)])
     plan = guidance_plan(identity, job.guidance, job.table.timesteps)
+    rows = step_rows(job.table, plan)
     now = plan.index[0]
+    limits.check()
     x_t = job.noise.start(numbers, shape) * np.float32(job.table.x_scale)
     small = job.low_res
     if small is not None:
         small = np.ascontiguousarray(small[list(samples)])
     engine.begin(x_t, plan.tables[now], small)
-    for j, values in enumerate(step_rows(job.table, plan)):
-        if plan.index[j] != now:
-            now = plan.index[j]
-            engine.guide(plan.tables[now])
-        noise = job.noise.row(j, numbers, shape) if job.table.stochastic[j] else None
-        engine.run_row(np.repeat(values[None], len(numbers), axis=0), noise)
-        yield j
+    at_once = engine.rows_at_once if most is None else min(most, engine.rows_at_once)
+    chunks = list(table_chunks(job.table, plan, at_once))
+    noisy = [chunk for chunk in chunks if job.table.stochastic[chunk[0]]]
+    with NoiseAhead(lambda j: job.noise.row(j, numbers, shape), noisy) as ahead:
+        for chunk in chunks:
+            limits.check()
+            if plan.index[chunk[0]] != now:
+                now = plan.index[chunk[0]]
+                engine.guide(plan.tables[now])
+            noise: list[Float32] | list[None] = [None] * len(chunk)
+            if job.table.stochastic[chunk[0]]:
+                noise = ahead.take()
+            values = rows[chunk.start : chunk.stop, None]
+            engine.run_rows(np.repeat(values, len(numbers), axis=1), noise)
+            del noise  # so that no third chunk of it is alive when the next is taken
+            yield chunk[-1]
 
 
 def run_trajectory(
@@ -133,6 +207,7 @@ def run_trajectory(
     job: SampleJob,
     samples: Sequence[int],
     on_row: Callable[[int], None] | None = None,
+    limits: Limits = _NO_LIMITS,
 ) -> SampleBatch:
     """Sample one batch.
 
@@ -140,14 +215,19 @@ def run_trajectory(
         engine: An entered engine.
         job: What to sample.
         samples: Which of the job's samples, as positions in ``job.identity``.
-        on_row: Called with j after table row j; the engine's getters may be used.
+        on_row: Called with j after table row j, for the rows of a chunk together after
+            it; the engine's getters may be used and give what the chunk left.
+        limits: When to give up.
 
     Raises:
-        InputError, EngineError: See :func:`walk`.
+        InputError, EngineError, CancelledError, DeadlineError: See :func:`walk`.
     """
-    for j in walk(engine, job, samples):
-        if on_row is not None:
-            on_row(j)
+    told = 0
+    with contextlib.closing(walk(engine, job, samples, limits)) as walked:
+        for last in walked:
+            while on_row is not None and told <= last:
+                on_row(told)
+                told += 1
     images = engine.state()[0]
     # A finite but enormous learned variance overflows after the UNet's own check.
     overflowed = ~np.isfinite(images).all(axis=(1, 2, 3))
@@ -160,10 +240,13 @@ def sample_batches(
     job: SampleJob,
     batch_size: int,
     on_row: Callable[[int], None] | None = None,
+    limits: Limits = _NO_LIMITS,
 ) -> Iterator[SampleBatch]:
     """Sample the whole job, ``batch_size`` samples at a time, in order.
 
     Raises:
+        CancelledError, DeadlineError: A limit was reached; batches that were given
+            are whole.
         InputError: ``batch_size`` is below 1, the identities do not fit the model, or
             the guidance does not fit the table.
     """
@@ -181,4 +264,4 @@ def sample_batches(
         )
     for start in range(0, len(job.identity), batch_size):
         chosen = range(start, min(start + batch_size, len(job.identity)))
-        yield run_trajectory(engine, job, chosen, on_row)
+        yield run_trajectory(engine, job, chosen, on_row, limits)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.base import Engine, Float32, step_shapes
+from ..backends.base import Engine, Float32, RowEngine, step_shapes
 from ..backends.torch import TorchEngine
 from ..body_form import FLOAT32, BodyForm
 from ..compare import compare
@@ -49,7 +49,7 @@ class RecordedRow:
     x0: Float32
 
 
-class _Recorder(Engine):
+class _Recorder(RowEngine):
     """An engine that keeps what some table rows of another one were given.
 
     It says that it is of a backend of its own: diffusers' scheduler is not run beside
@@ -76,6 +76,11 @@ class _Recorder(Engine):
     def _guide(self, guidance: GuidanceTable) -> None:
         self._guidance = guidance
         self.engine.guide(guidance)
+
+    def _replace(
+        self, samples: Sequence[int], x_t: Float32, low_res: Float32 | None
+    ) -> None:
+        self.engine.replace(samples, x_t, low_res)
 
     def _run(self, step: Float32, noise: Float32 | None) -> Float32:
         if self._count in self.wanted:
@@ -198,7 +203,7 @@ class TorchMeasure:
 
     def _recorded(self, job: SampleJob) -> list[RecordedRow]:
         recorder = _Recorder(self._reference, chosen_rows(len(job.table)))
-        for _ in walk(recorder, job, [0]):
+        for _ in walk(recorder, job, [0], most=1):
             pass
         if recorder.failed_samples().any():
             raise NonFiniteError(

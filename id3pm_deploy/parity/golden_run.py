@@ -190,7 +190,7 @@ def _rows_alone(
         x_t = x_t * np.float32(job.table.x_scale)
         oracle = oracle_steps(engine, spec, job, x_t, lambda j: _used_noise(one, j))
     steps = []
-    for j in walk(engine, job, samples):
+    for j in walk(engine, job, samples, most=1):
         x, mask = engine.state()[0], None if masks is None else masks[j]
         beside = None if oracle is None else oracle.send(given)
         given, state = None, None
@@ -244,7 +244,7 @@ def _single_rows(engine: Engine, one: GoldenTrajectory) -> list[Comparison | Non
     table = one.job.table
     amplifying = amplifying_rows(table)
     found: list[Comparison | None] = []
-    for j in walk(engine, one.job, range(len(one.sample))):
+    for j in walk(engine, one.job, range(len(one.sample)), most=1):
         x, recorded = engine.state()[0], one.states[j]
         mask = clamped(table, j, engine.preview()) if amplifying[j] else None
         nowhere = mask is not None and not mask.any()

@@ -74,11 +74,11 @@ def steady_numbers(engine: Engine, job: SampleJob, tolerance: float) -> list[Mas
         out.
     """
     samples = range(len(job.identity))
-    plain = [engine.state()[0] for _ in walk(engine, job, samples)]
+    plain = [engine.state()[0] for _ in walk(engine, job, samples, most=1)]
     moved = [np.zeros(x.shape, np.float32) for x in plain]
     for run in range(_RUNS):
         draw = np.random.Generator(np.random.Philox(key=[_SEED, run]))
-        for j in walk(engine, job, samples):
+        for j in walk(engine, job, samples, most=1):
             state = engine.state()
             moved[j] = np.maximum(moved[j], np.abs(state[0] - plain[j]))
             reach = ROUNDING * np.abs(state[0]).max()

@@ -3,10 +3,12 @@ made once and handed to both."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.base import Engine, Float32
+from ..backends.base import Engine, Float32, RowEngine
 from ..compare import Comparison, compare
 from ..errors import EngineError
 from ..guidance import GuidanceTable
@@ -14,7 +16,7 @@ from ..solvers import SolverTable
 from .rounding import amplifying_rows, clamped
 
 
-class Tandem(Engine):
+class Tandem(RowEngine):
     """An engine that runs each table row in two others, on the very same arrays.
 
     The sampler walks it like any engine. Every row is run three times: in the
@@ -65,6 +67,12 @@ class Tandem(Engine):
     def _guide(self, guidance: GuidanceTable) -> None:
         self.engine.guide(guidance)
         self.reference.guide(guidance)
+
+    def _replace(
+        self, samples: Sequence[int], x_t: Float32, low_res: Float32 | None
+    ) -> None:
+        self.engine.replace(samples, x_t, low_res)
+        self.reference.replace(samples, x_t, low_res)
 
     def _run(self, step: Float32, noise: Float32 | None) -> Float32:
         own, common = self.engine.state(), self.reference.state()

@@ -113,7 +113,7 @@ def _walked(
     tandem = Tandem(engine, reference, job.table)
     oracle = _Oracle(engine, reference, spec, job)
     steps, rejoined = [], []
-    for j in walk(tandem, job, range(len(job.identity))):
+    for j in walk(tandem, job, range(len(job.identity)), most=1):
         mask = None if masks is None else masks[j]
         state = None
         if tandem.amplified:
