@@ -9,17 +9,26 @@ import numpy as np
 import torch
 
 from ..body_form import FLOAT32, BodyForm
-from ..errors import EngineError, first_line
+from ..errors import EngineError
 from ..guidance import GuidanceTable
-from ..reference.step import step_module
+from ..reference.step import StepModule
 from ..reference.unet import IdentityUNet
 from .base import (
-    EngineInfo,
     Float32,
     RowEngine,
     StepShapes,
     check_array,
     empty_state,
+)
+from .torch_body import (
+    compile_mode,
+    compiled,
+    exact_float32,
+    many_shapes,
+    step_on,
+    torch_device,
+    torch_errors,
+    torch_info,
 )
 
 
@@ -32,6 +41,8 @@ class TorchEngine(RowEngine):
         form: The precision of the body and what stays in float32 in it; a float16
             body is the oracle of FP16 engines.
         device: A torch device.
+        compile_with: A mode of torch.compile, see
+            :data:`.torch_body.COMPILE_MODES`; empty runs the module as it is.
 
     Raises:
         EngineError: The device is not there.
@@ -43,21 +54,14 @@ class TorchEngine(RowEngine):
         shapes: StepShapes,
         form: BodyForm = FLOAT32,
         device: str = "cpu",
+        compile_with: bool | str = "",
     ) -> None:
-        try:
-            self._device = torch.device(device)
-            module: Any = step_module(network, form).to(self._device)
-            if form.precision != "float32":
-                # On a CPU, convolutions are otherwise up to a hundred times slower.
-                module = module.to(memory_format=torch.channels_last)
-        except (RuntimeError, AssertionError) as error:
-            raise EngineError(
-                f"PyTorch cannot use the device {device!r}",
-                why=first_line(error),
-                fix="use --device cpu",
-            ) from error
-        self._module = module
-        info = EngineInfo("torch", torch.__version__, form.precision, str(self._device))
+        self._mode = compile_mode(compile_with)
+        self._device = torch_device(device)
+        module = step_on(network, form, self._device)
+        self._module: StepModule | None = module
+        self._step: Any = compiled(module, self._mode)
+        info = torch_info(form, self._device, self._mode)
         super().__init__(info, shapes)
         self._state: Any = None
         self._x0: Any = None
@@ -69,12 +73,12 @@ class TorchEngine(RowEngine):
         """The network as it runs: in the engine's precision, on its device."""
         if self._module is None:
             raise EngineError("the engine was closed")
-        network: IdentityUNet = self._module.network
-        return network
+        return self._module.network
 
     def close(self) -> None:
         """Drop the module and its tensors."""
-        self._module = self._state = self._x0 = self._low_res = None
+        self._module = self._step = None
+        self._state = self._x0 = self._low_res = None
         self._constant = ()
 
     def _tensor(self, array: Any) -> Any:
@@ -114,19 +118,15 @@ class TorchEngine(RowEngine):
     @torch.inference_mode()
     def _run(self, step: Float32, noise: Float32 | None) -> Float32:
         drawn = self._zero_noise if noise is None else self._tensor(noise)
-        # cuDNN's convolutions take TF32 unless told; matrix products do not.
         inputs = (self._state, drawn, *self._constant, self._tensor(step))
         if self._low_res is not None:
             inputs += (self._low_res,)
-        try:
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                out = self._module(*inputs)
-        except RuntimeError as error:
-            raise EngineError(
-                "PyTorch failed in a table row",
-                why=first_line(error),
-                fix="use a smaller batch if memory is short",
-            ) from error
+        with (
+            torch_errors("a table row", self._mode),
+            many_shapes(self._mode),
+            exact_float32(),
+        ):
+            out = self._step(*inputs)
         self._state, self._x0 = out.state, out.x0
         finite: Float32 = out.finite.cpu().numpy()
         return finite
