@@ -237,16 +237,19 @@ class ReplayEngine(Engine):
         reason = " ".join(filter(None, (error.what, error.why and f"({error.why})")))
         _LOG.warning("%s instead of %s: %s", instead, failed, reason)
         self._why_not.append(f"no {failed}: {reason}")
+        self._tell()
 
     def _named(self, rung: int) -> str:
         return _RUNGS[rung].format(self.rows_at_once)
 
     def _note(self, rung: int) -> None:
-        if rung in self._ran:
-            return
-        self._ran.add(rung)
+        if rung not in self._ran:
+            self._ran.add(rung)
+            self._tell()
+
+    def _tell(self) -> None:
         ran = " and ".join(self._named(one) for one in sorted(self._ran, reverse=True))
-        self.replay_note = "; ".join([ran, *self._why_not])
+        self.replay_note = "; ".join(filter(None, [ran, *self._why_not]))
 
     def _failed(self) -> npt.NDArray[np.bool_]:
         assert self._bad is not None
