@@ -132,10 +132,10 @@ class ScratchFile:
         while not place.is_dir():
             place = place.parent
         try:
-            with tempfile.TemporaryFile(dir=place) as handle:
-                self._descriptor = os.dup(handle.fileno())
+            self._descriptor = _unnamed(place)
         except OSError as error:
             raise output_error(place, error) from error
+        _lock(self._descriptor)  # for the time when it has a temporary name
         weakref.finalize(self, os.close, self._descriptor)
 
     @property
@@ -169,9 +169,46 @@ class ScratchFile:
         """SHA-256, as 64 hexadecimal digits."""
         return sha256_of_file(self.path)
 
-    def copy_to(self, path: Path) -> None:
-        """Fill the existing file ``path`` with the same bytes."""
-        shutil.copyfile(self.path, path)
+    def save_as(self, path: Path) -> None:
+        """Put the file at ``path``, atomically; it is not to be written any more.
+
+        Where the system can give it a name there, nothing is copied.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        with atomic_path(path) as temporary:
+            try:
+                self._link_over(temporary, temporary_name(path))
+            except OSError:
+                shutil.copyfile(self.path, temporary)
+
+    def _link_over(self, target: Path, name: Path) -> None:
+        """Replace ``target`` with this very file, which has a ``name`` in between.
+
+        Raises:
+            OSError: The system cannot do that, or the file is on another disk.
+        """
+        # Python follows the link of ``self.path`` only where a folder is given.
+        folder = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.link(self.path, name, src_dir_fd=folder)
+            os.replace(name, target)
+        finally:
+            os.close(folder)
+            with contextlib.suppress(OSError):
+                name.unlink()
+
+
+def _unnamed(folder: Path) -> int:
+    """An open file in ``folder`` without a name, which may be given one if the system
+    can do that."""
+    kind = getattr(os, "O_TMPFILE", 0)
+    if kind:
+        with contextlib.suppress(OSError):
+            return os.open(folder, kind | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    with tempfile.TemporaryFile(dir=folder) as handle:
+        return os.dup(handle.fileno())
 
 
 def temporary_name(target: Path) -> Path:

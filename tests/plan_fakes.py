@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+Link = Callable[[Any, Path, Path], None]
 
 PIECES = 10
 """In how many pieces a plan is written and copied."""
@@ -78,7 +79,7 @@ def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
     put(cache_files, "_CHUNK", _PIECE_BYTES)
     put(cache_files, "hashlib", _DyingHashes())
     put(cache_entry, "write_new", _dying_write_new)
-    put(ScratchFile, "copy_to", _dying_copy_to)
+    put(ScratchFile, "_link_over", _dying_link_over(ScratchFile._link_over))
 
 
 def _maybe_die(step: str, number: int) -> None:
@@ -115,9 +116,19 @@ def _dying_write_new(path: Path, data: bytes, mode: int = 0o644) -> None:
     path.chmod(mode)
 
 
-def _dying_copy_to(scratch: Any, path: Path) -> None:
-    for number in range(PIECES):
-        if os.environ["DIE_AT"] == f"commit:{number}":
-            path.write_bytes(scratch.read()[: number * _PIECE_BYTES])
+def _dying_link_over(link_over: Link) -> Link:
+    """As where the file is copied, dying at an even number; or, at an odd one, with the
+    file under its temporary name."""
+
+    def dying(scratch: Any, target: Path, name: Path) -> None:
+        for number in range(PIECES):
+            if os.environ["DIE_AT"] != f"commit:{number}":
+                continue
+            if number % 2:
+                os.link(scratch.path, name, src_dir_fd=os.open("/", os.O_RDONLY))
+            else:
+                target.write_bytes(scratch.read()[: number * _PIECE_BYTES])
             os.killpg(0, signal.SIGKILL)
-    shutil.copyfile(scratch.path, path)
+        link_over(scratch, target, name)
+
+    return dying

@@ -253,12 +253,41 @@ def test_a_scratch_file_has_no_name_and_holds_what_it_was_given(tmp_path: Path) 
     assert (file.size, file.read()) == (6, b"abcdef")
     assert file.sha256().startswith("bef57ec7f53a6d40beb640a780a639c8")
     assert os.listdir(tmp_path) == []
-    (tmp_path / "copy").touch()
-    file.copy_to(tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == b"abcdef"
+    before = file.path.stat()
+    file.save_as(tmp_path / "saved")
+    saved = tmp_path / "saved"
+    assert os.path.samestat(before, saved.stat()), "it was given a name, not copied"
+    assert (saved.read_bytes(), saved.stat().st_mode & 0o777) == (b"abcdef", 0o644)
+    assert os.listdir(tmp_path) == ["saved"]
     path = file.path
     del file
     assert not path.exists()
+
+
+@pytest.mark.parametrize("missing", ["O_TMPFILE", "link"])
+def test_a_scratch_file_is_copied_where_it_cannot_be_named(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = os.open
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    def open_named(path: Any, flags: int, *rest: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            refuse()
+        return open_file(path, flags, *rest)
+
+    if missing == "link":
+        monkeypatch.setattr(os, "link", refuse)
+    else:
+        monkeypatch.setattr(os, "open", open_named)
+    file = ScratchFile(tmp_path)
+    file.write([b"abc"])
+    (tmp_path / "saved").write_bytes(b"older")
+    file.save_as(tmp_path / "saved")
+    assert os.listdir(tmp_path) == ["saved"]
+    assert (tmp_path / "saved").read_bytes() == b"abc"
 
 
 def test_a_full_disk_is_said_in_our_words(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from typing import TypeVar
 from ..errors import BundleError, Id3pmError
 from ..files import (
     ScratchFile,
-    atomic_path,
     json_text,
     make_folder,
     output_error,
@@ -257,8 +256,7 @@ class BundleWriter:
             if stat.S_ISREG(path.lstat().st_mode) and sha256_of_file(path) == wanted:
                 return
         if isinstance(data, ScratchFile):
-            with atomic_path(path) as temporary:
-                data.copy_to(temporary)
+            data.save_as(path)
         else:
             write_bytes(path, data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,13 +30,19 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 @pytest.fixture
 def plans(device: Sandbox, disk: Disk) -> Sandbox:
-    """A sandbox with a bundle ``b`` whose user's cache is on the disk."""
+    """A sandbox for a bundle ``b``, with the user's cache on the disk."""
     device.path = (str(ROOT / "tests"),)
     device.before = ("plan_fakes:install",)
     device.variables["SPAWNS"] = str(device.root / "log" / "spawns")
     device.variables["XDG_CACHE_HOME"] = str(disk.path)
-    write_bundle(device.work / "b", step_model())
     return device
+
+
+def build(plans: Sandbox, *more: str) -> Finished:
+    """Build it for the bundle as it was at first, which holds no plan."""
+    shutil.rmtree(plans.work / "b", ignore_errors=True)
+    write_bundle(plans.work / "b", step_model())
+    return plans.run(*BUILD, *more)
 
 
 def check_built(plans: Sandbox, found: Finished, spawns: int) -> None:
@@ -51,7 +58,7 @@ def test_a_full_disk(plans: Sandbox, disk: Disk) -> None:
     warned = 0
     for number, pages in enumerate(LEAVES, 1):
         disk.fill(pages)
-        found = plans.run(*BUILD)
+        found = build(plans)
         check_built(plans, found, number)
         folder = disk.path / "id3pm-deploy" / "plans"
         if "the plan was not kept" in found.stderr or "without" in found.stderr:
@@ -67,18 +74,18 @@ def test_a_full_disk(plans: Sandbox, disk: Disk) -> None:
 def test_a_disk_that_is_read_only(plans: Sandbox, disk: Disk) -> None:
     """What is kept there is taken; what is not is built."""
     disk.writable(False)
-    found = plans.run(*BUILD)
+    found = build(plans)
     check_built(plans, found, 1)
     assert "Read-only file system" in found.stderr
     assert str(disk.path) in found.stderr
     disk.writable(True)
-    check_built(plans, plans.run(*BUILD), 2)
+    check_built(plans, build(plans), 2)
     disk.writable(False)
     before = disk.contents()
-    found = plans.run(*BUILD)
+    found = build(plans)
     check_built(plans, found, 2)
     assert found.stderr == ""
-    found = plans.run(*BUILD, "--set", "optimization_level=1")
+    found = build(plans, "--set", "optimization_level=1")
     check_built(plans, found, 3)
     assert "Read-only file system" in found.stderr
     assert disk.contents() == before
