@@ -20,6 +20,7 @@ SPACINGS = ("linspace", "linspace_open", "leading", "trailing")
 VARIANCES = ("learned", "fixed_small", "fixed_large")
 FINAL_ORDERS = ("lower", "full")
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+GUIDANCE_ROWS = ("parallel", "sequential")
 PRECISIONS = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
 

@@ -73,6 +73,8 @@ class GuidanceSettings:
             16): the share by which a guided prediction gets the standard deviation of
             the conditional one.
         guide_variance: Guide learned variance channels too.
+        rows: ``parallel`` runs both UNet rows of a guided sample in one batch,
+            ``sequential`` one after the other, in less memory.
 
     Raises:
         InputError: A value is out of range or contradicts another.
@@ -84,6 +86,7 @@ class GuidanceSettings:
     interval: tuple[float, float] | None = None
     rescale: float = 0.0
     guide_variance: bool = False
+    rows: str = "parallel"
 
     def __post_init__(self) -> None:
         for scale in (self.scale, *(self.scales or ())):
@@ -110,6 +113,18 @@ class GuidanceSettings:
                 "guidance rescale cannot be used while learned variance is guided",
                 why="it refers to the conditional prediction, which is then not kept",
                 fix="leave out one of the two",
+            )
+        if self.rows not in defaults.GUIDANCE_ROWS:
+            raise InputError(
+                f"guidance rows cannot be {self.rows!r}",
+                fix=f"use one of {', '.join(defaults.GUIDANCE_ROWS)}",
+            )
+        if self.rows == "sequential" and self.guide_variance:
+            raise InputError(
+                "learned variance cannot be guided with sequential rows",
+                why="one slot of the state holds the prediction without identity, and "
+                "none is left for its variance",
+                fix="leave variance unguided, or use parallel guidance rows",
             )
 
 

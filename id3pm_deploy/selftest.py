@@ -18,7 +18,7 @@ from .compare import Comparison, compare
 from .errors import BundleError, ParityError
 from .guidance import GuidanceTable
 from .npz import NpzError, NpzReader, open_npz
-from .solvers import RESCALE_COLUMN, STATE_SLOTS, STEP_WIDTH
+from .solvers import STATE_SLOTS, STEP_WIDTH, STEP_WIDTHS
 from .tolerances import CEILINGS
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -105,8 +105,8 @@ def _check_shapes(arrays: Arrays) -> None:
 
 def _width(step: npt.NDArray[Any]) -> int:
     """Numbers in a table row of golden data: this release's, or those of a graph that
-    was exported before guidance rescale."""
-    return RESCALE_COLUMN if step.shape[-1:] == (RESCALE_COLUMN,) else STEP_WIDTH
+    was exported before the last of them came."""
+    return next((w for w in STEP_WIDTHS if step.shape[-1:] == (w,)), STEP_WIDTH)
 
 
 def _full_width(step: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -30,7 +30,7 @@ from id3pm_deploy.errors import (
 from id3pm_deploy.reference.checkpoint import load_checkpoint
 from id3pm_deploy.reference.step import step_module
 from id3pm_deploy.reference.unet import IdentityUNet
-from id3pm_deploy.solvers import CLIP_COLUMN, RESCALE_COLUMN
+from id3pm_deploy.solvers import CARRY_COLUMN, CLIP_COLUMN, RESCALE_COLUMN
 
 UNTRACED = [(1, 1), (1, 2), (3, 3), (4, 8), (7, 5)]
 
@@ -69,6 +69,8 @@ def test_inputs_exercise_guidance_and_rescale() -> None:
         inputs = step_inputs(tiny_spec(), *size, seed=5)
         phi = inputs["step"][:, RESCALE_COLUMN]
         assert ((phi > 0.1) & (phi < 0.9)).all()
+        carried = inputs["step"][:, CARRY_COLUMN]
+        assert ((carried > 0.1) & (carried < 0.9)).all()
         sums = inputs["mix"].sum(axis=2)
         assert sums[:, : size[1]] == pytest.approx(1)
         assert not sums[:, size[1] :].any()
@@ -80,6 +82,7 @@ def test_the_graph_rescales(tiny_bundle: Path) -> None:
     """φ moves what ONNX Runtime makes, by more than any rounding."""
     spec = open_bundle(tiny_bundle).manifest.diffusion
     inputs = step_inputs(spec, 2, 3, seed=5)
+    inputs["step"][:, CARRY_COLUMN] = 0
     session = make_session(_graph_bytes(tiny_bundle, "step", "float32"), 1)
     made = session.run(None, inputs)[1]
     inputs["step"][:, RESCALE_COLUMN] = 0
@@ -103,7 +106,7 @@ def test_graph_has_the_documented_interface(tiny_bundle: Path) -> None:
         "identity": ["R", 16],
         "row": ["R"],
         "mix": [2, "B", "R"],
-        "step": ["B", 32],
+        "step": ["B", 33],
     }
     assert [v.name for v in proto.graph.output] == ["state_next", "x0", "finite"]
     assert not any(node.metadata_props for node in proto.graph.node)

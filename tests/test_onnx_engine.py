@@ -26,6 +26,7 @@ from id3pm_deploy.reference.checkpoint import load_checkpoint
 from id3pm_deploy.sampler import SampleJob, SeededNoise, run_trajectory, sample_batches
 from id3pm_deploy.selftest import golden_bytes, load_golden, run_golden, self_test
 from id3pm_deploy.solvers import (
+    CARRY_COLUMN,
     RESCALE_COLUMN,
     STEP_WIDTH,
     SolverSettings,
@@ -282,11 +283,13 @@ def test_a_graph_from_before_rescale_runs_what_it_can() -> None:
         with pytest.raises(EngineError, match="before guidance rescale") as error:
             run_trajectory(engine, rescaled, [0, 1])
         assert "export the checkpoint again" in error.value.fix
-    with OnnxRuntimeEngine(_old_graph(STEP_WIDTH), SHAPES, "float32") as engine:
-        run_trajectory(engine, rescaled, [0, 1])
+    for width in (CARRY_COLUMN, STEP_WIDTH):
+        with OnnxRuntimeEngine(_old_graph(width), SHAPES, "float32") as engine:
+            assert engine.step_width == width
+            run_trajectory(engine, rescaled, [0, 1])
 
 
-@pytest.mark.parametrize("width", [30, 33, "S"])
+@pytest.mark.parametrize("width", [30, 34, "S"])
 def test_a_graph_of_another_width_is_refused(width: int | str) -> None:
     with pytest.raises(EngineError, match="of another release"):
         OnnxRuntimeEngine(_old_graph(width), SHAPES, "float32")
@@ -320,7 +323,7 @@ def _golden(tiny_bundle: Path) -> tuple[Any, dict[str, Any]]:
 
 def test_golden_data_of_an_old_graph(tiny_bundle: Path) -> None:
     graph, golden = _golden(tiny_bundle)
-    assert golden["step"].shape == (2, 32)
+    assert golden["step"].shape == (2, 33)
     assert (golden["step"][:, RESCALE_COLUMN] > 0.1).all(), "rescale is in the test"
     golden["step"] = golden["step"][:, :RESCALE_COLUMN]
     gain = golden["step"][:, 2].reshape(1, -1, 1, 1, 1)
@@ -332,9 +335,10 @@ def test_golden_data_of_an_old_graph(tiny_bundle: Path) -> None:
         load_golden(_Files(golden), graph)
 
 
-def test_golden_data_notices_a_wrong_rescale(tiny_bundle: Path) -> None:
+@pytest.mark.parametrize("column", [RESCALE_COLUMN, CARRY_COLUMN])
+def test_golden_data_notices_a_wrong_column(tiny_bundle: Path, column: int) -> None:
     graph, golden = _golden(tiny_bundle)
     with open_engine(open_model(tiny_bundle)) as engine:
         assert run_golden(engine, load_golden(_Files(golden), graph)).passes(1e-5)
-        golden["step"][0, RESCALE_COLUMN] *= 0.9
+        golden["step"][0, column] *= 0.9
         assert not run_golden(engine, golden).passes(1e-4)

@@ -14,12 +14,15 @@ from models import run_table, tiny_spec
 from id3pm_deploy import defaults
 from id3pm_deploy.errors import InputError
 from id3pm_deploy.solvers import (
+    CARRY_COLUMN,
+    LATER_COLUMNS,
     NOISE_COLUMN,
     RESCALE_COLUMN,
     SOLVERS,
     SPACINGS,
     STATE_SLOTS,
     STEP_WIDTH,
+    STEP_WIDTHS,
     SolverSettings,
     SolverTable,
     matrices,
@@ -58,15 +61,17 @@ def test_form_of_a_table(
     for steps in (1, 3, 10, 250) if settings["solver"] == "heun" else (1, 2, 10, 250):
         table = solver_table(spec, SolverSettings(**settings, steps=steps))
         rows = 2 * steps - 1 if settings["solver"] == "heun" else steps
-        assert (STEP_WIDTH, RESCALE_COLUMN) == (32, 31)
-        assert table.rows.shape == (len(table), STEP_WIDTH) == (rows, 32)
+        assert (STEP_WIDTH, CARRY_COLUMN, RESCALE_COLUMN) == (33, 32, 31)
+        assert STEP_WIDTHS == (31, 32, 33)
+        assert list(LATER_COLUMNS) == [31, 32]
+        assert table.rows.shape == (len(table), STEP_WIDTH) == (rows, 33)
         assert table.rows.dtype == np.float32
         assert np.isfinite(table.rows).all()
         assert table.timesteps.shape == table.stochastic.shape == (rows,)
         assert (table.rows[:, 0] == table.timesteps).all()
         assert (table.rows[:, 1] == 1).all()
         assert (table.rows[:, 4] == 1).all()
-        assert (table.rows[:, RESCALE_COLUMN] == 0).all()
+        assert (table.rows[:, RESCALE_COLUMN:] == 0).all()
         assert table.x_scale == 1.0
         check_timesteps(table, steps)
         noisy = settings["solver"] in ("ddpm", "dpmpp-2m-sde")

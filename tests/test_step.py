@@ -24,6 +24,7 @@ from id3pm_deploy.reference.precision import body_in
 from id3pm_deploy.reference.step import StepModule, StepOutputs, step_module
 from id3pm_deploy.reference.unet import IdentityUNet
 from id3pm_deploy.solvers import (
+    CARRY_COLUMN,
     NO_CLIP,
     RESCALE_COLUMN,
     STATE_SLOTS,
@@ -63,6 +64,7 @@ def random_inputs(seed: int = 0) -> Inputs:
     step[:, 4] = [0.7, 1.5, NO_CLIP]
     step[:, 5:7] = np.sort(rng.uniform(-6, -1, size=(B, 2)))
     step[:, RESCALE_COLUMN] = [0.3, 0.0, 1.0]
+    step[:, CARRY_COLUMN] = [1.0, 0.0, -0.4]
     inputs: Inputs = {
         "state": rng.normal(size=(STATE_SLOTS, B, C, SIZE, SIZE)),
         "noise": rng.normal(size=(B, C, SIZE, SIZE)),
@@ -105,6 +107,7 @@ def step_by_hand(inputs: Inputs, outputs: Float64) -> tuple[Float64, Float64]:
             conditional += wide["mix"][1, b, r] * outputs[r, :C]
             if outputs.shape[1] == 2 * C:
                 v += wide["mix"][1, b, r] * outputs[r, C:]
+        prediction += wide["step"][b, CARRY_COLUMN] * wide["state"][-1, b]
         phi = wide["step"][b, RESCALE_COLUMN]
         rescaled = prediction * conditional.std() / prediction.std()
         prediction = phi * rescaled + (1 - phi) * prediction
@@ -140,6 +143,7 @@ def test_rescale_is_diffusers_own() -> None:
     inputs["step"][:, 4] = NO_CLIP
     inputs["step"][:, 2:4] = [0.0, 1.0]  # x0 is the prediction
     inputs["step"][:, RESCALE_COLUMN] = 0.7
+    inputs["step"][:, CARRY_COLUMN] = 0.0
     found = run_step(StubNetwork(outputs), inputs).x0
     mixed, conditional = (
         torch.from_numpy(np.tensordot(plane, outputs, axes=1))
@@ -151,9 +155,9 @@ def test_rescale_is_diffusers_own() -> None:
 
 
 def test_no_rescale_is_no_arithmetic() -> None:
-    """At φ = 0 the prediction keeps every bit, however large its numbers are."""
+    """At φ = 0 and c_s = 0 the prediction keeps every bit, whatever its size."""
     inputs = random_inputs()
-    inputs["step"][:, RESCALE_COLUMN] = 0.0
+    inputs["step"][:, RESCALE_COLUMN:] = 0.0
     inputs["step"][:, 4] = 1e37
     inputs["step"][:, 2:4] = [0.0, 1.0]
     inputs["mix"][...] = np.eye(B, R)
@@ -170,6 +174,7 @@ def test_a_constant_prediction_is_not_rescaled(value: float) -> None:
     outputs[1, :C] = value
     inputs = random_inputs()
     inputs["step"][:, RESCALE_COLUMN] = 1.0
+    inputs["step"][:, CARRY_COLUMN] = 0.0
     inputs["mix"][0] = np.eye(R)[1]
     inputs["mix"][1] = np.eye(R)[0]
     found = run_step(StubNetwork(outputs), inputs)

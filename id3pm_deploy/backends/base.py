@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..errors import EngineError
 from ..guidance import GuidanceTable
-from ..solvers import RESCALE_COLUMN, STATE_SLOTS, STEP_WIDTH
+from ..solvers import LATER_COLUMNS, STATE_SLOTS, STEP_WIDTH
 from ..spec import DiffusionSpec
 
 if TYPE_CHECKING:
@@ -371,13 +371,15 @@ class Engine(ABC):
 
     def _known_columns(self, step: Float32) -> Float32:
         """The columns of table rows that the graph has: [n, B, step_width]."""
-        if step[..., self.step_width :].any():
-            raise EngineError(
-                "the graph was exported before guidance rescale existed",
-                why=f"it takes {self.step_width} numbers in a table row, rescale is "
-                f"number {RESCALE_COLUMN + 1}",
-                fix="export the checkpoint again, or switch rescale off",
-            )
+        for column in range(self.step_width, STEP_WIDTH):
+            if step[..., column].any():
+                name = LATER_COLUMNS[column]
+                raise EngineError(
+                    f"the graph was exported before {name} existed",
+                    why=f"it takes {self.step_width} numbers in a table row, and this "
+                    f"needs number {column + 1}",
+                    fix=f"export the checkpoint again, or do without {name}",
+                )
         return np.ascontiguousarray(step[..., : self.step_width])
 
     def failed_samples(self) -> npt.NDArray[np.bool_]:

@@ -36,7 +36,7 @@ from ..optional import require
 from ..progress import progress
 from ..recipes import load_recipe
 from ..selftest import golden_bytes
-from ..solvers import RESCALE_COLUMN, STATE_SLOTS, STEP_WIDTH
+from ..solvers import STATE_SLOTS, STEP_WIDTH, STEP_WIDTHS
 from ..spec import check_chain
 from .cache import PlanCache
 from .engine_entries import made_with, onnxruntime_entry, tensorrt_entries
@@ -286,8 +286,7 @@ def _from_bundle(
             raise BuildError(
                 f"{source} holds no step graph in {recipe.precision}{of}", fix=fix
             )
-        widths = range(RESCALE_COLUMN, STEP_WIDTH + 1)
-        if graph.state_slots != STATE_SLOTS or graph.step_width not in widths:
+        if graph.state_slots != STATE_SLOTS or graph.step_width not in STEP_WIDTHS:
             raise BuildError(f"the graph in {source} is of another release", fix=fix)
         graphs.append(graph)
     return BundleWriter(source, bundle.manifest), graphs

@@ -13,7 +13,13 @@ from ..backends.base import STEP_OUTPUTS, StepShapes, step_shapes
 from ..noise import batch_normals
 from ..reference.step import StepModule, StepWithoutIdentity, with_enlarged
 from ..reference.unet import IdentityUNet
-from ..solvers import RESCALE_COLUMN, STATE_SLOTS, SolverSettings, solver_table
+from ..solvers import (
+    CARRY_COLUMN,
+    RESCALE_COLUMN,
+    STATE_SLOTS,
+    SolverSettings,
+    solver_table,
+)
 from ..spec import DiffusionSpec
 from .export_recipe import ExportRecipe
 
@@ -76,7 +82,8 @@ def _small_pictures(shapes: StepShapes, count: int, seed: int) -> Arrays:
 
 def step_inputs(spec: DiffusionSpec, samples: int, unet_rows: int, seed: int) -> Arrays:
     """Random but sensible inputs of the step graph: real table rows, unit noise,
-    guidance at scale 2 with rescale where there are more UNet rows than samples.
+    guidance at scale 2 with rescale where there are more UNet rows than samples, and
+    a share of the last slot.
 
     Args:
         spec: Facts of the model.
@@ -95,6 +102,7 @@ def step_inputs(spec: DiffusionSpec, samples: int, unet_rows: int, seed: int) ->
     step = table.rows[chosen]
     drawn = batch_normals(seed, range(samples), 3, 0, (1,))
     step[:, RESCALE_COLUMN] = 0.5 + 0.4 * np.tanh(drawn[:, 0])
+    step[:, CARRY_COLUMN] = 0.3 + 0.2 * np.tanh(drawn[:, 0])
     state = np.zeros((STATE_SLOTS, samples, *picture), np.float32)
     for slot in range(STATE_SLOTS):
         state[slot] = batch_normals(seed, range(samples), 1, slot, picture)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..body_form import BodyForm
-from ..solvers import RESCALE_COLUMN, STATE_SLOTS, STEP_HEAD
+from ..solvers import CARRY_COLUMN, RESCALE_COLUMN, STATE_SLOTS, STEP_HEAD
 from .precision import body_in
 from .unet import IdentityUNet
 
@@ -78,6 +78,8 @@ class StepModule(nn.Module):
         out = self.network(rows, step[:, 0].index_select(0, index), identity)
         out, finite = self._only_finite(out)
         prediction = self._mixed(mix[0], out[:, : self.channels])
+        carried = step[:, CARRY_COLUMN, None, None, None] * state[STATE_SLOTS - 1]
+        prediction = prediction + carried
         conditional = self._mixed(mix[1], out[:, : self.channels])
         prediction = self._rescaled(prediction, conditional, step)
         clip = step[:, 4, None, None, None]

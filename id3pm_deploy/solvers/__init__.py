@@ -4,6 +4,7 @@ A table is a pure function of the noise schedule and the settings, computed in f
 and cast once. The step graph (see ``reference/step.py``) executes a row as
 
     pred   = what the UNet says of c_in·x_t at timestep t, after guidance
+    pred   = pred + c_s·state_{K-1}
     pred   = pred·(1 + φ·(std(conditional)/std(pred) - 1))
     x0     = clamp(c_x·x_t + c_p·pred, -clip, clip)
     n      = noise·exp(½·((v+1)/2·max_log + (1-(v+1)/2)·min_log))
@@ -14,13 +15,16 @@ x_t = √ᾱ_t·x_0 + √(1-ᾱ_t)·ε.
 """
 
 from .layout import (
+    CARRY_COLUMN,
     CLIP_COLUMN,
+    LATER_COLUMNS,
     NO_CLIP,
     NOISE_COLUMN,
     RESCALE_COLUMN,
     STATE_SLOTS,
     STEP_HEAD,
     STEP_WIDTH,
+    STEP_WIDTHS,
     X0_COLUMN,
     matrices,
 )
@@ -36,7 +40,9 @@ from .timesteps import (
 )
 
 __all__ = [
+    "CARRY_COLUMN",
     "CLIP_COLUMN",
+    "LATER_COLUMNS",
     "NOISE_COLUMN",
     "NO_CLIP",
     "RESCALE_COLUMN",
@@ -45,6 +51,7 @@ __all__ = [
     "STATE_SLOTS",
     "STEP_HEAD",
     "STEP_WIDTH",
+    "STEP_WIDTHS",
     "X0_COLUMN",
     "NoisePath",
     "Solver",

@@ -16,9 +16,18 @@ _HEAD = ("t", "c_in", "c_x", "c_p", "clip", "min_log", "max_log")
 STEP_HEAD = len(_HEAD)
 CLIP_COLUMN = _HEAD.index("clip")
 RESCALE_COLUMN = STEP_HEAD + STATE_SLOTS * (STATE_SLOTS + 2)
-STEP_WIDTH = RESCALE_COLUMN + 1
+CARRY_COLUMN = RESCALE_COLUMN + 1
+STEP_WIDTH = CARRY_COLUMN + 1
 """S: numbers in a table row. New columns come last and are neutral at 0, so that a
 graph that was exported before they came runs every table that does not use them."""
+
+LATER_COLUMNS = {
+    RESCALE_COLUMN: "guidance rescale",
+    CARRY_COLUMN: "sequential guidance rows",
+}
+"""The columns that came after the first release of the graph, and what each is for."""
+STEP_WIDTHS = (*LATER_COLUMNS, STEP_WIDTH)
+"""Numbers in a table row of all graphs that this release can run."""
 
 X0_COLUMN = STATE_SLOTS
 NOISE_COLUMN = STATE_SLOTS + 1
