@@ -26,6 +26,7 @@ _COMMANDS = {
     "build-engine": "Compile a CHECKPOINT or a BUNDLE into an engine for a target.",
     "sample": "Make pictures of an identity.",
     "parity": "Compare an engine with the PyTorch reference, step by step.",
+    "benchmark": "Measure how fast a BUNDLE runs, beside what else could run it.",
     "bisect": "Find which modules have to stay in float32 in half precision.",
     "inspect": "Show what a CHECKPOINT, BUNDLE, picture or identity file holds.",
     "cache": "List or remove the TensorRT plans that are kept for the next build.",

@@ -117,3 +117,7 @@ class GoldenError(Id3pmError):
 
 class TrainingError(Id3pmError):
     """Training cannot start or continue."""
+
+
+class BenchmarkError(Id3pmError):
+    """A benchmark could time nothing, or found what it was to watch for."""

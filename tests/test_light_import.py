@@ -25,6 +25,7 @@ COMMANDS = (
     "build-engine",
     "sample",
     "parity",
+    "benchmark",
     "bisect",
     "inspect",
     "cache",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from ..compare import Comparison, format_error
+from ..svg import line, text
 from .findings import ParityReport, StepComparison, Trajectory, badness
 
 _WIDTH, _HEIGHT = 860, 380
@@ -139,21 +140,6 @@ def _axes(rows: int, values: Sequence[float], limits: Sequence[float]) -> _Axes:
     )
 
 
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
-    return (
-        f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" '
-        f'x2="{x2:.1f}" y2="{y2:.1f}"/>'
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
-    style = f' class="{kind}"' if kind else ""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>'
-        f"{escape(text)}</text>"
-    )
-
-
 def _y_axis(axes: _Axes) -> str:
     step = -(-(axes.high - axes.low) // _Y_LABELS)
     marks = [
@@ -164,8 +150,8 @@ def _y_axis(axes: _Axes) -> str:
     marks += [(axes.y(math.inf), "not finite")] if axes.infinite else []
     parts = []
     for y, name in marks:
-        parts.append(_line("grid", _LEFT, y, _WIDTH - _RIGHT, y))
-        parts.append(_text(_LEFT - 8, y + 4, name, "end"))
+        parts.append(line("grid", _LEFT, y, _WIDTH - _RIGHT, y))
+        parts.append(text(_LEFT - 8, y + 4, name, "end"))
     middle = (axes.top + axes.bottom) / 2
     parts.append(
         f'<text transform="translate(14 {middle:.1f}) rotate(-90)" '
@@ -176,15 +162,15 @@ def _y_axis(axes: _Axes) -> str:
 
 def _x_axis(axes: _Axes, steps: Sequence[StepComparison]) -> str:
     floor = _HEIGHT - _BOTTOM
-    parts = [_line("axis", _LEFT, floor, _WIDTH - _RIGHT, floor)]
+    parts = [line("axis", _LEFT, floor, _WIDTH - _RIGHT, floor)]
     every = -(-axes.rows // _X_LABELS)
     for index in range(0, axes.rows, every):
         x, step = axes.x(index), steps[index]
-        parts.append(_line("axis", x, floor, x, floor + 4))
-        parts.append(_text(x, floor + 18, str(step.table_row), "middle"))
-        parts.append(_text(x, floor + 33, f"t={round(step.timestep, 1):g}", "middle"))
+        parts.append(line("axis", x, floor, x, floor + 4))
+        parts.append(text(x, floor + 18, str(step.table_row), "middle"))
+        parts.append(text(x, floor + 33, f"t={round(step.timestep, 1):g}", "middle"))
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(_text(middle, _HEIGHT - 8, "table row, and its timestep t", "middle"))
+    parts.append(text(middle, _HEIGHT - 8, "table row, and its timestep t", "middle"))
     return "\n".join(parts)
 
 
@@ -197,8 +183,8 @@ def _limit_lines(axes: _Axes, limits: Mapping[str, float]) -> str:
     parts = []
     for (name, limit), shift in zip(limits.items(), (-18, 14, 14), strict=False):
         y, x = axes.y(limit), _WIDTH - _RIGHT
-        parts.append(_line("limit", _LEFT, y, _WIDTH, y))
+        parts.append(line("limit", _LEFT, y, _WIDTH, y))
         words = f"at most {format_error(limit)}"
-        parts.append(_text(x + 6, y + shift, name, "start", "limit-name"))
-        parts.append(_text(x + 6, y + shift + 13, words, "start", "limit-name"))
+        parts.append(text(x + 6, y + shift, name, "start", "limit-name"))
+        parts.append(text(x + 6, y + shift + 13, words, "start", "limit-name"))
     return "\n".join(parts)
