@@ -40,6 +40,8 @@ RECORD_NAME = "record.json"
 SHEET_NAME = "sheet.png"
 _SHEET_MOST = 64
 RECORD_FORMAT, RECORD_VERSION = "id3pm-run", 1
+UNCONDITIONAL = "unconditional"
+"""In place of an id: a picture of nobody in particular."""
 
 Float32 = npt.NDArray[np.float32]
 
@@ -103,7 +105,7 @@ def conditions(
         )
     if file is None:
         zeros = np.zeros((count, spec.identity.dim), dtype=np.float32)
-        return Conditions(zeros, ("unconditional",) * count)
+        return Conditions(zeros, (UNCONDITIONAL,) * count)
     check_identities(
         file,
         dim=spec.identity.dim,

@@ -1,0 +1,398 @@
+"""The library: a model is loaded once, and pictures come out as arrays.
+
+    with id3pm_deploy.load("BUNDLE") as sampler:
+        for batch in sampler.sample("identity.npz", count=4, seed=0):
+            show(batch.pixels)
+
+``submit`` is for servers: many coroutines share the batches of one engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import defaults
+from .arguments import Guidance, Solver, count_with, guidance_of, one_each, solver_of
+from .batch import Batch, Picture, check_finite, joined
+from .enlarging import enlarged_mark, low_res_from_pixels
+from .errors import EngineError, InputError
+from .generate import (
+    SampleSettings,
+    run_record,
+    stage_record,
+)
+from .images import Pixels
+from .making import StagePlan, enlarged_batch, made_batch, plan_of_one, served
+from .models import Model, open_model, open_second_stage
+from .replaying import Repeat, note_engine, read_record, repeat
+from .sampler import Limits
+from .serving import PLACES, WAITING
+from .solvers import solver_table
+from .spec import DiffusionSpec
+from .stage import Stage
+from .whose import Identities, identities_of, wanted_of, whose_in_record
+
+Float32 = npt.NDArray[np.float32]
+
+_NO_LIMITS = Limits()
+
+
+def load(
+    path: str | os.PathLike[str],
+    backend: str = "auto",
+    *,
+    super_resolution: str | os.PathLike[str] | None = None,
+    places: int = PLACES,
+    waiting: int = WAITING,
+    **engine: Any,
+) -> Sampler:
+    """See :func:`id3pm_deploy.load`."""
+    model = open_model(Path(path))
+    second = None if super_resolution is None else Path(super_resolution)
+    enlarges = open_second_stage(model, second)
+    stages = [
+        Stage(one, backend, engine, places, waiting)
+        for one in (model, enlarges)
+        if one is not None
+    ]
+    return Sampler(*stages)
+
+
+class Sampler:
+    """A loaded model that makes pictures; use it as a context manager.
+
+    It may be used from several threads: an engine has a thread of its own, and calls
+    of :meth:`sample` and :meth:`submit` have their turns there, batch by batch. What
+    is closed stays closed; load the model again.
+
+    Args:
+        stage: The model.
+        second: What enlarges its pictures; None: nothing does.
+    """
+
+    def __init__(self, stage: Stage, second: Stage | None = None) -> None:
+        self._stage, self._second = stage, second
+        self._opened = self._closed = False
+        self._lock = threading.Lock()
+
+    @property
+    def model(self) -> Model:
+        """The model that was loaded; ``model.spec`` has its facts."""
+        return self._stage.model
+
+    def __enter__(self) -> Sampler:
+        self._check_closed()
+        with self._lock:
+            if self._opened:
+                raise EngineError("the sampler is in use in a with statement already")
+            self._opened = True
+        try:
+            self._stage.open()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Sampler:
+        await asyncio.to_thread(self.__enter__)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            await self.drain()
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Cancel what is in flight and release everything; may be called twice.
+
+        Raises:
+            EngineError: Something could not be released.
+        """
+        self._closed = True
+        try:
+            self._stage.close()
+        finally:
+            if self._second is not None:
+                self._second.close()
+
+    def _check_closed(self) -> None:
+        if self._closed:
+            raise EngineError(
+                "the sampler was closed", fix="load the model again to go on"
+            )
+
+    def _check_open(self) -> None:
+        self._check_closed()
+        if not self._opened:
+            raise EngineError(
+                "the sampler was not entered",
+                fix="use it as `with id3pm_deploy.load(...) as sampler:`",
+            )
+
+    def sample(
+        self,
+        identities: Identities = None,
+        *,
+        count: int = defaults.COUNT,
+        guidance: Guidance | None = None,
+        steps: int | None = None,
+        solver: Solver = defaults.SOLVER,
+        seed: int = 0,
+        batch_size: int = defaults.BATCH_SIZE,
+        low_res: Pixels | None = None,
+        enlarge: bool = True,
+        sr_solver: Solver = defaults.SR_SOLVER,
+        sr_steps: int | None = None,
+        sr_guidance: Guidance = defaults.SR_GUIDANCE,
+        sr_batch_size: int = defaults.SR_BATCH_SIZE,
+        limits: Limits = _NO_LIMITS,
+    ) -> Iterator[Batch]:
+        """Pictures of every identity, batch by batch; the same ones that
+        ``id3pm-deploy sample`` makes.
+
+        What is wrong with the arguments is raised here, the rest while the batches are
+        taken.
+
+        Args:
+            identities: An identity file, its path, or raw vectors [n, D]; None makes
+                unconditional pictures.
+            count: Pictures of each identity.
+            guidance: Scale or settings; None: what suits the model.
+            steps: Solver steps; None: 50, or those of a ``solver`` that has them.
+            solver: Name or settings.
+            seed: Of all noise.
+            batch_size: Pictures made at once; cannot change them.
+            low_res: [n, h, w, 3] uint8, what a super-resolution model enlarges, each
+                once; of one identity for all, or of one each.
+            enlarge: Use the second stage where there is one.
+            sr_solver, sr_steps, sr_guidance, sr_batch_size: Of the second stage.
+            limits: A deadline for all of it and an event that cancels.
+
+        Raises:
+            InputError, IdentityError: An argument is out of range or does not fit.
+            EngineError: The sampler is not open, or the engine fails.
+            CancelledError, DeadlineError: A limit was reached, or the sampler closed.
+        """
+        self._check_open()
+        spec = self.model.spec
+        count = count_with(spec, low_res, count)
+        file = identities_of(spec, identities)
+        wanted = one_each(wanted_of(spec, file, count), low_res)
+        settings = SampleSettings(
+            solver_of(solver, steps, defaults.STEPS),
+            guidance_of(guidance, spec),
+            seed,
+            count,
+            batch_size,
+        )
+        first = StagePlan(settings, solver_table(spec, settings.solver), wanted)
+        enlarges = self._second if enlarge else None
+        second = None
+        if enlarges is not None:
+            own = enlarges.model.spec
+            settings = dataclasses.replace(
+                settings,
+                solver=solver_of(sr_solver, sr_steps, defaults.SR_STEPS),
+                guidance=guidance_of(sr_guidance, own),
+                batch_size=sr_batch_size,
+            )
+            table = solver_table(own, settings.solver)
+            second = StagePlan(settings, table, wanted_of(own, file, count))
+        return self._batches(first, second, 0, low_res, limits)
+
+    def sample_all(
+        self, identities: Identities = None, **options: Any
+    ) -> npt.NDArray[np.uint8]:
+        """All pictures of :meth:`sample` as one array, [n, H, W, 3] uint8.
+
+        Raises:
+            NonFiniteError: A sample failed.
+            Id3pmError: See :meth:`sample`.
+        """
+        batch = joined(list(self.sample(identities, **options)))
+        check_finite(batch)
+        return batch.pixels
+
+    def replay(
+        self,
+        record: Mapping[str, Any] | str | Path,
+        identities: Identities = None,
+        *,
+        low_res: Pixels | None = None,
+        limits: Limits = _NO_LIMITS,
+    ) -> Iterator[Batch]:
+        """The pictures of an earlier run again: bit for bit on the same kind of CPU
+        engine. What of the engine is another than the record's is logged.
+
+        Args:
+            record: A run's ``record.json``, its folder, or what is in it.
+            identities: Those of the run; the record holds their ids only.
+            low_res: What was enlarged, where the run was given pictures.
+            limits: As for :meth:`sample`.
+
+        Raises:
+            InputError: The record cannot be repeated with this model or release.
+            IdentityError: These are not its identities.
+            Id3pmError: See :meth:`sample`.
+        """
+        self._check_open()
+        values = read_record(record)
+        enlarges = None if self._second is None else self._second.model
+        todo = repeat(values, self.model, enlarges)
+        count_with(self.model.spec, low_res, 1)
+        if low_res is not None and len(low_res) != len(todo.identities):
+            raise InputError(
+                f"the run record is of {len(todo.identities)} pictures to enlarge",
+                why=f"{len(low_res)} are given",
+            )
+        note_engine(values, self._stage.engine.info)
+        first, second = self._plans(todo, identities)
+        return self._batches(first, second, todo.first_sample, low_res, limits)
+
+    def _plans(
+        self, todo: Repeat, identities: Identities
+    ) -> tuple[StagePlan, StagePlan | None]:
+        spec = self.model.spec
+        file = whose_in_record(identities_of(spec, identities), todo.identities)
+        each = len(todo.identities) if file is None else 1
+
+        def plan(spec: DiffusionSpec, settings: SampleSettings) -> StagePlan:
+            table = solver_table(spec, settings.solver)
+            return StagePlan(settings, table, wanted_of(spec, file, each))
+
+        first = plan(spec, todo.settings)
+        if todo.second is None or self._second is None:
+            return first, None
+        return first, plan(self._second.model.spec, todo.second)
+
+    def _batches(
+        self,
+        first: StagePlan,
+        second: StagePlan | None,
+        first_sample: int,
+        low_res: Pixels | None,
+        limits: Limits,
+    ) -> Iterator[Batch]:
+        total, size = len(first.wanted.ids), first.settings.batch_size
+        small = None if low_res is None else low_res_from_pixels(low_res)
+        for start in range(0, total, size):
+            self._check_open()
+            chosen = range(start, min(start + size, total))
+            begun = time.perf_counter()
+            images, made = made_batch(
+                self._stage, first, chosen, first_sample, small, limits
+            )
+            record = run_record(made, first.settings, self._stage.engine, self.model)
+            if second is not None and self._second is not None:
+                images, large = enlarged_batch(
+                    self._second, second, chosen, first_sample, made, limits
+                )
+                record["super_resolution"] = stage_record(
+                    large, second.settings, self._second.engine, self._second.model
+                )
+                made = large
+            yield Batch(
+                samples=tuple(first_sample + i for i in chosen),
+                identities=first.wanted.ids[chosen.start : chosen.stop],
+                pixels=made.pixels,
+                images=images,
+                failed=made.failed,
+                marks=made.marks,
+                seconds=time.perf_counter() - begun,
+                record=record,
+                table=first.table,
+            )
+
+    async def submit(
+        self,
+        identity: Identities = None,
+        *,
+        steps: int | None = None,
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        sample: int = 0,
+        deadline: float | None = None,
+        solver: Solver = defaults.SOLVER,
+        low_res: Pixels | None = None,
+        enlarge: bool = True,
+        sr_solver: Solver = defaults.SR_SOLVER,
+        sr_steps: int | None = None,
+        sr_guidance: Guidance = defaults.SR_GUIDANCE,
+    ) -> Picture:
+        """One picture, made in company of what other coroutines ask for; the same that
+        :meth:`sample` makes. Cancel the task to give it up.
+
+        Samples join and leave the batch between table rows, whatever their solvers,
+        steps and scales. Where too many wait already, this waits before it queues.
+        While it has company, :meth:`sample` waits until the batch is empty.
+
+        Args:
+            identity: Of one person; None makes an unconditional picture.
+            steps, guidance, seed, solver: As for :meth:`sample`.
+            sample: Number of the sample, which is a part of its noise's address.
+            deadline: Of the whole, by ``time.monotonic``.
+            low_res: [1, h, w, 3] uint8, what a super-resolution model enlarges.
+            enlarge, sr_solver, sr_steps, sr_guidance: As for :meth:`sample`.
+
+        Raises:
+            InputError, IdentityError: An argument is out of range or does not fit.
+            DeadlineError: It cannot be done in time, even at the best pace seen.
+            CancelledError: The sampler was closed meanwhile.
+            NonFiniteError: The network produced NaN or infinity.
+            EngineError: The engine failed, or the sampler is not open.
+        """
+        self._check_open()
+        spec = self.model.spec
+        count = count_with(spec, low_res, 1)
+        file = identities_of(spec, identity)
+        settings = SampleSettings(
+            solver_of(solver, steps, defaults.STEPS), guidance_of(guidance, spec), seed
+        )
+        wanted = wanted_of(spec, file, count)
+        enlarges = self._second if enlarge else None
+        if enlarges is not None:
+            own = enlarges.model.spec
+            chosen = SampleSettings(
+                solver_of(sr_solver, sr_steps, defaults.SR_STEPS),
+                guidance_of(sr_guidance, own),
+                seed,
+            )
+            large = plan_of_one(own, chosen, wanted_of(own, file, 1))
+        plan = plan_of_one(spec, settings, wanted)
+        small = None if low_res is None else low_res_from_pixels(low_res)
+        picture = await served(self._stage, plan, sample, small, deadline)
+        if enlarges is None:
+            return picture
+        small = low_res_from_pixels(picture.pixels[None])
+        made = await served(enlarges, large, sample, small, deadline)
+        return dataclasses.replace(made, mark=enlarged_mark(picture.mark, made.mark))
+
+    async def drain(self) -> None:
+        """Wait until nothing that was submitted is in flight."""
+        await self._stage.front.drain()
+        if self._second is not None:
+            await self._second.front.drain()

@@ -1,0 +1,77 @@
+"""What callers of the library may leave out or say in several ways."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import defaults
+from .errors import InputError
+from .generate import Conditions
+from .guidance import GuidanceSettings
+from .images import Pixels
+from .solvers import SolverSettings
+from .spec import DiffusionSpec
+
+Guidance = float | GuidanceSettings
+Solver = str | SolverSettings
+
+
+def solver_of(solver: Solver, steps: int | None, default: int) -> SolverSettings:
+    """A solver from its name and steps, or from settings that have both."""
+    if isinstance(solver, str):
+        return SolverSettings(solver, default if steps is None else steps)
+    if steps is not None and steps != solver.steps:
+        raise InputError(
+            "steps are given twice", why=f"{steps}, and {solver.steps} in the solver"
+        )
+    return solver
+
+
+def guidance_of(guidance: Guidance | None, spec: DiffusionSpec) -> GuidanceSettings:
+    """Guidance from a scale, or what suits the model."""
+    if isinstance(guidance, GuidanceSettings):
+        return guidance
+    if guidance is None:
+        guidance = defaults.GUIDANCE
+        if spec.model.low_res_size is not None:
+            guidance = defaults.SR_GUIDANCE
+        if not spec.identity.dim:
+            guidance = 1.0
+    return GuidanceSettings(float(guidance))
+
+
+def count_with(spec: DiffusionSpec, low_res: Pixels | None, count: int) -> int:
+    """How many pictures of each identity: one where pictures are given.
+
+    Raises:
+        InputError: Pictures are missing, not wanted, or of another size.
+    """
+    size = spec.model.low_res_size
+    if size is None and low_res is None:
+        return count
+    if size is None or low_res is None:
+        raise InputError(
+            "low_res is for super-resolution models, which cannot do without",
+            why="this model is none" if size is None else "it was not given",
+        )
+    pixels = np.asarray(low_res)
+    if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3) or not len(pixels):
+        raise InputError(
+            f"low_res must be [n, {size}, {size}, 3]", why=f"it is {pixels.shape}"
+        )
+    if pixels.dtype != np.uint8:
+        raise InputError("low_res must be uint8", why=f"it is {pixels.dtype}")
+    return 1
+
+
+def one_each(wanted: Conditions, low_res: Pixels | None) -> Conditions:
+    """Conditions of as many pictures as are given."""
+    if low_res is None or len(wanted.ids) == len(low_res):
+        return wanted
+    if len(wanted.ids) != 1:
+        raise InputError(
+            f"there must be one identity for all {len(low_res)} pictures, or one each",
+            why=f"there are {len(wanted.ids)}",
+        )
+    identity = wanted.identity.repeat(len(low_res), axis=0)
+    return Conditions(identity, wanted.ids * len(low_res))

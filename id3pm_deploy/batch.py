@@ -1,0 +1,162 @@
+"""What the library hands out: batches of pictures and single ones, with their marks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError, NonFiniteError
+from .files import make_folder
+from .generate import Pictures, save_pictures
+from .images import PictureMark, save_png, to_uint8
+from .places import Finished
+from .solvers import SolverTable
+
+Float32 = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Pictures that were made together.
+
+    Arrays are NumPy's, on the host, whatever device made them; NumPy hands them on by
+    DLPack without a copy, and so does the batch itself (``torch.from_dlpack(batch)``
+    gives ``images``).
+
+    Attributes:
+        samples: Numbers of the samples, counted over all identities.
+        identities: Whose each is: an id of the identity file, ``array-N`` for the N-th
+            vector of an array, or ``unconditional``.
+        pixels: [B, H, W, 3] uint8; failed samples are black.
+        images: [B, C, H, W] float32 in [-1, 1] where the solver clips; failed ones -1.
+        failed: [B] bool, True where the network produced NaN or infinity.
+        marks: What each picture says about itself, for whoever writes files.
+        seconds: Wall time.
+        record: How the batch was made, as in a run's ``record.json``, but ``samples``.
+    """
+
+    samples: tuple[int, ...]
+    identities: tuple[str, ...]
+    pixels: Pixels
+    images: Float32
+    failed: npt.NDArray[np.bool_]
+    marks: tuple[PictureMark, ...]
+    seconds: float
+    record: dict[str, Any] = field(repr=False)
+    table: SolverTable = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """``images`` as a DLPack capsule, without a copy."""
+        return self.images.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Where ``images`` lie: (1, 0), the host."""
+        kind, index = self.images.__dlpack_device__()
+        return int(kind), int(index)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write what ``id3pm-deploy sample`` would: PNGs that are marked as generated,
+        a contact sheet and a ``record.json``.
+
+        Args:
+            folder: New or empty.
+            force: Replace an earlier run in it.
+
+        Raises:
+            InputError: It is not empty, or no earlier run's.
+            NonFiniteError: A sample failed; the others were written.
+            OutputError: Something cannot be written.
+        """
+        made = Pictures(self.pixels, self.marks, self.failed, self.seconds, self.table)
+        states = zip(self.samples, self.identities, self.failed, strict=True)
+        samples = [
+            {"sample": number, "identity": who, "failed": bool(bad)}
+            for number, who, bad in states
+        ]
+        record = {**self.record, "seconds": round(self.seconds, 4), "samples": samples}
+        columns = int(record["count"])
+        save_pictures(Path(folder), made, record, columns=columns, force=force)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Batches of one run as one.
+
+    Raises:
+        InputError: There are none.
+    """
+    if not batches:
+        raise InputError("there are no batches to join")
+    first = batches[0]
+    return dataclasses.replace(
+        first,
+        samples=sum((one.samples for one in batches), ()),
+        identities=sum((one.identities for one in batches), ()),
+        pixels=np.concatenate([one.pixels for one in batches]),
+        images=np.concatenate([one.images for one in batches]),
+        failed=np.concatenate([one.failed for one in batches]),
+        marks=sum((one.marks for one in batches), ()),
+        seconds=sum(one.seconds for one in batches),
+    )
+
+
+def check_finite(batch: Batch) -> None:
+    """Raise :class:`NonFiniteError` if a sample failed."""
+    if batch.failed.any():
+        bad = [
+            n for n, is_bad in zip(batch.samples, batch.failed, strict=True) if is_bad
+        ]
+        raise NonFiniteError(
+            f"samples {', '.join(map(str, bad))} are not finite",
+            why="the network produced NaN or infinity",
+            fix="try a float32 engine, less guidance or more steps",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One picture.
+
+    Attributes:
+        pixels: [H, W, 3] uint8.
+        image: [C, H, W] float32.
+        mark: What it says about itself.
+    """
+
+    pixels: Pixels
+    image: Float32
+    mark: PictureMark
+
+    def save(self, path: str | Path) -> None:
+        """Write a PNG that is marked as generated.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        path = Path(path)
+        make_folder(path.absolute().parent)
+        save_png(path, self.pixels, self.mark)
+
+
+def finished_picture(done: Finished, mark: PictureMark) -> Picture:
+    """A finished trajectory as a picture.
+
+    Raises:
+        NonFiniteError: It is not finite.
+    """
+    if done.failed:
+        raise NonFiniteError(
+            "the picture is not finite",
+            why="the network produced NaN or infinity",
+            fix="try a float32 engine, less guidance or more steps",
+        )
+    return Picture(to_uint8(done.image[None])[0], done.image, mark)
