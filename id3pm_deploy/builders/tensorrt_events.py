@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import BuildError, Id3pmError
 
@@ -82,7 +82,7 @@ class Limits:
         limited = self.workspace is not None and wanted > self.workspace
         if limited or any(needle in lower for needle in _NO_KERNEL):
             return self._no_kernel(why, wanted)
-        if not any(needle in lower for needle in _MEMORY):
+        if not says_memory(lower):
             return None
         if any(needle in lower for needle in _DEVICE):
             return self._device(why)
@@ -119,6 +119,12 @@ class Limits:
 
     def _fewer_samples(self) -> str:
         return f"build for fewer samples at a time (now up to {self.samples})"
+
+
+def says_memory(text: str) -> bool:
+    """Whether a message of TensorRT's tells of an allocation that failed."""
+    lower = text.lower()
+    return any(needle in lower for needle in _MEMORY)
 
 
 class Channel:
@@ -241,7 +247,14 @@ class Phases:
             self._channel.send("phase", name=name, done=done, steps=self._steps[name])
 
 
-def make_logger(trt: Any, messages: Messages) -> tensorrt.ILogger:
+class Listener(Protocol):
+    """Who is told what TensorRT says."""
+
+    def add(self, severity: str, text: str) -> None:
+        """A message of severity ``ERROR``, ``INTERNAL_ERROR`` or ``WARNING``."""
+
+
+def make_logger(trt: Any, messages: Listener) -> tensorrt.ILogger:
     """An ``ILogger`` that keeps errors and warnings."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
