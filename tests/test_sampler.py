@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import threading
+import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,20 +17,24 @@ from models import random_identity, tiny_network, tiny_spec
 
 from id3pm_deploy.backends.base import Engine, EngineInfo, RowEngine, step_shapes
 from id3pm_deploy.backends.torch import TorchEngine
-from id3pm_deploy.errors import InputError
+from id3pm_deploy.calls import engine_calls
+from id3pm_deploy.errors import CancelledError, DeadlineError, InputError
 from id3pm_deploy.guidance import (
     GuidanceSettings,
     GuidanceTable,
     guidance_plan,
     guidance_table,
 )
+from id3pm_deploy.noise_ahead import NoiseAhead
 from id3pm_deploy.sampler import (
+    Limits,
     SampleBatch,
     SampleJob,
     SeededNoise,
     run_trajectory,
     sample_batches,
     step_rows,
+    table_chunks,
     walk,
 )
 from id3pm_deploy.solvers import (
@@ -251,6 +260,232 @@ def test_no_identities_make_no_batches() -> None:
     table = solver_table(SPEC, SolverSettings("ddim", 2))
     _, batches = recorded(SampleJob(IDENTITY[:0], table, PLAIN, SeededNoise(0)), 2)
     assert batches == []
+
+
+class ChunkEngine(RecordingEngine):
+    """Takes several table rows at once and notes how many, and of which samples."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def _begin(
+        self, x_t: Float32, guidance: GuidanceTable, low_res: Float32 | None
+    ) -> None:
+        super()._begin(x_t, guidance, low_res)
+        self.rows_at_once = self.most
+
+    def _run_rows(self, steps: Float32, noise: Sequence[Float32 | None]) -> None:
+        self.calls.append(("rows", len(steps)))
+        super()._run_rows(steps, noise)
+
+
+def test_chunks_share_a_guidance_table_and_whether_they_take_noise() -> None:
+    """Of 8 rows the last takes no noise; 4 in the middle are guided."""
+    table = solver_table(SPEC, SolverSettings("ddpm", 8))
+    inside = (table.timesteps[5], table.timesteps[2])
+    settings = GuidanceSettings(2.0, interval=(float(inside[0]), float(inside[1])))
+    plan = guidance_plan(IDENTITY, settings, table.timesteps)
+    calls = engine_calls(step_rows(table, plan), table.stochastic, plan)
+    for most, lengths in {
+        1: [1] * 8,
+        2: [2, 2, 2, 1, 1],
+        3: [2, 3, 1, 1, 1],
+        99: [2, 4, 1, 1],
+    }.items():
+        chunks = list(table_chunks(calls, most))
+        assert [len(chunk) for chunk in chunks] == lengths
+        assert [j for chunk in chunks for j in chunk] == list(range(8))
+        engine = ChunkEngine(most)
+        noise = RecordingNoise()
+        job = SampleJob(IDENTITY, table, settings, noise)
+        told: list[int] = []
+        run_trajectory(engine, job, [0, 1], told.append)
+        assert told == list(range(8))
+        assert [c[1] for c in engine.calls if c[0] == "rows"] == lengths
+        assert [asked[0] for asked in noise.asked] == ["start", *range(7)]
+        drawn = [call[2] for call in engine.calls if call[0] == "row"]
+        assert drawn[-1] is None
+        for j, one in enumerate(drawn[:-1]):
+            assert (one[:, 0, 0, 0] == [100 * (j + 1), 100 * (j + 1) + 1]).all()
+
+
+def test_a_walk_can_be_asked_for_every_row() -> None:
+    table = solver_table(SPEC, SolverSettings("ddim", 5))
+    job = SampleJob(IDENTITY, table, PLAIN, SeededNoise(0))
+    assert list(walk(ChunkEngine(3), job, [0])) == [2, 4]
+    assert list(walk(ChunkEngine(3), job, [0], most=1)) == [0, 1, 2, 3, 4]
+
+
+def test_rows_are_told_after_their_chunk() -> None:
+    engine = ChunkEngine(2)
+    table = solver_table(SPEC, SolverSettings("ddim", 3))
+    job = SampleJob(IDENTITY, table, PLAIN, SeededNoise(0))
+
+    def told(j: int) -> None:
+        engine.calls.append(("told", j))
+
+    run_trajectory(engine, job, [0], told)
+    found = [call[:2] if call[0] == "told" else call[0] for call in engine.calls]
+    first = ["begin", "rows", "row", "row", ("told", 0), ("told", 1)]
+    assert found == [*first, "rows", "row", ("told", 2)]
+
+
+class TestLimits:
+    table = solver_table(SPEC, SolverSettings("ddpm", 6))
+
+    def job(self) -> SampleJob:
+        return SampleJob(IDENTITY, self.table, PLAIN, SeededNoise(0))
+
+    def test_no_chunk_is_begun_after_a_cancel(self) -> None:
+        engine, cancelled = ChunkEngine(2), threading.Event()
+
+        def stop(j: int) -> None:
+            if j == 2:
+                cancelled.set()
+
+        with pytest.raises(CancelledError, match="was cancelled"):
+            run_trajectory(engine, self.job(), [0], stop, Limits(cancelled=cancelled))
+        assert sum(call[0] == "row" for call in engine.calls) == 4
+        # The engine can be used on.
+        assert not run_trajectory(engine, self.job(), [0]).failed.any()
+
+    def test_a_cancelled_run_does_not_begin(self) -> None:
+        engine, cancelled = ChunkEngine(2), threading.Event()
+        cancelled.set()
+        with pytest.raises(CancelledError):
+            run_trajectory(engine, self.job(), [0], None, Limits(cancelled=cancelled))
+        assert not engine.calls
+
+    def test_a_deadline(self) -> None:
+        engine = ChunkEngine(2)
+        limits = Limits(deadline=time.monotonic() + 0.2)
+        batches = sample_batches(
+            engine, self.job(), 1, lambda _: time.sleep(0.01), limits
+        )
+        assert next(batches).samples == (0,)
+        time.sleep(0.2)
+        with pytest.raises(DeadlineError, match="before its deadline"):
+            next(batches)
+        far = Limits(deadline=time.monotonic() + 1000)
+        run_trajectory(engine, self.job(), [0], None, far)
+
+    def test_no_thread_is_left(self) -> None:
+        before = threading.active_count()
+        for limit in (Limits(time.monotonic()), Limits()):
+            walked = walk(ChunkEngine(2), self.job(), [0], limit)
+            with contextlib.suppress(DeadlineError):
+                next(walked)
+            walked.close()
+            assert threading.active_count() == before
+
+        def broken(j: int) -> None:
+            raise RuntimeError("a bug")
+
+        with pytest.raises(RuntimeError, match="a bug") as caught:
+            run_trajectory(ChunkEngine(2), self.job(), [0], broken)
+        assert threading.active_count() == before
+        assert caught.value.args
+
+
+class TestNoiseAhead:
+    def test_it_draws_one_chunk_ahead_and_no_more(self) -> None:
+        drawn: list[int] = []
+        seen = threading.Semaphore(0)
+
+        def draw(j: int) -> Float32:
+            drawn.append(j)
+            seen.release()
+            return np.full(2, j, np.float32)
+
+        with NoiseAhead(draw, [range(2), range(2, 3), range(5, 7)]) as ahead:
+            for taken, upto in (([0, 1], 3), ([2], 5), ([5, 6], 5)):
+                assert [int(one[0]) for one in ahead.take()] == taken
+                deadline = time.monotonic() + 5
+                while len(drawn) < upto and time.monotonic() < deadline:
+                    time.sleep(0.001)
+                time.sleep(0.01)
+                assert len(drawn) == upto
+
+    def test_the_thread_is_another_one(self) -> None:
+        found = []
+
+        def draw(j: int) -> Float32:
+            found.append(threading.current_thread())
+            return np.zeros(1, np.float32)
+
+        with NoiseAhead(draw, [range(1), range(1, 2)]) as ahead:
+            ahead.take()
+            ahead.take()
+        assert threading.current_thread() not in found
+        assert len(set(found)) == 1
+        assert not found[0].is_alive()
+
+    def test_deterministic_rows_start_no_thread(self) -> None:
+        before = threading.active_count()
+        with NoiseAhead(lambda j: pytest.fail("drawn"), []):
+            assert threading.active_count() == before
+
+    def test_what_goes_wrong_comes_out(self) -> None:
+        def draw(j: int) -> Float32:
+            raise InputError(f"no noise for {j}")
+
+        before = threading.active_count()
+        with (
+            pytest.raises(InputError, match="no noise for 0"),
+            NoiseAhead(draw, [range(1), range(1, 9)]) as ahead,
+        ):
+            ahead.take()
+        assert threading.active_count() == before
+
+
+class SizedNoise:
+    """Noise that costs no time: zeros, which are touched so that they are there."""
+
+    def start(self, samples: Sequence[int], shape: tuple[int, ...]) -> Float32:
+        return np.ones((len(samples), *shape), np.float32)
+
+    def row(self, j: int, samples: Sequence[int], shape: tuple[int, ...]) -> Float32:
+        return np.ones((len(samples), *shape), np.float32)
+
+
+class LightEngine(RecordingEngine):
+    """Keeps nothing of what it is given, and takes longer than the noise."""
+
+    def __init__(self, size: int, most: int) -> None:
+        super().__init__()
+        self.shapes = step_shapes(tiny_spec(image_size=size))
+        self.most = most
+
+    def _begin(
+        self, x_t: Float32, guidance: GuidanceTable, low_res: Float32 | None
+    ) -> None:
+        self.rows_at_once = self.most
+        self._state = x_t[None]
+
+    def _run(self, step: Float32, noise: Float32 | None) -> Float32:
+        time.sleep(0.004)
+        assert self._row is not None
+        return np.ones(len(self._row), np.float32)
+
+
+def test_a_long_trajectory_of_large_pictures_needs_no_gigabytes() -> None:
+    """256x256, batch 16, 250 rows: 3 GiB of noise, of which two chunks are alive."""
+    table = solver_table(SPEC, SolverSettings("ddpm", 250))
+    identity = random_identity(16, SPEC)
+    job = SampleJob(identity, table, GUIDED, SizedNoise())
+    row, most = 16 * 3 * 256 * 256 * 4, 2
+    engine = LightEngine(256, most)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for _ in walk(engine, job, range(16)):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # x_T stays there beside two chunks.
+    assert 2 * most * row < peak < (2 * most + 1) * row + 1e6
 
 
 @pytest.fixture(scope="module")
