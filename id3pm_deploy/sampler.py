@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends.base import Engine
+from .calls import EngineCalls, engine_calls
 from .errors import CancelledError, DeadlineError, InputError
 from .guidance import GuidancePlan, GuidanceSettings, guidance_plan
 from .noise import batch_normals
@@ -132,14 +133,14 @@ def step_rows(table: SolverTable, plan: GuidancePlan) -> Float32:
     return rows
 
 
-def table_chunks(table: SolverTable, plan: GuidancePlan, most: int) -> Iterator[range]:
-    """Table rows that may be run in one call, in order.
+def table_chunks(calls: EngineCalls, most: int) -> Iterator[range]:
+    """Calls that may be run together, in order.
 
     Those of a chunk follow each other, share a guidance table and all take noise or
     all take none; there are at most ``most``.
     """
     begun = 0
-    kinds = list(zip(plan.index.tolist(), table.stochastic.tolist(), strict=True))
+    kinds = list(zip(calls.guidance.tolist(), calls.stochastic.tolist(), strict=True))
     for j in range(1, len(kinds) + 1):
         if j == len(kinds) or kinds[j] != kinds[begun] or j - begun == most:
             yield range(begun, j)
@@ -176,30 +177,40 @@ def walk(
     numbers = [job.first_sample + i for i in samples]
     identity = np.ascontiguousarray(job.identity[list(samples)])
     plan = guidance_plan(identity, job.guidance, job.table.timesteps)
-    rows = step_rows(job.table, plan)
-    now = plan.index[0]
+    calls = engine_calls(
+        step_rows(job.table, plan),
+        job.table.stochastic,
+        plan,
+        sequential=job.guidance.rows == "sequential",
+    )
+    now = calls.guidance[0]
     limits.check()
     x_t = job.noise.start(numbers, shape) * np.float32(job.table.x_scale)
     small = job.low_res
     if small is not None:
         small = np.ascontiguousarray(small[list(samples)])
-    engine.begin(x_t, plan.tables[now], small)
+    engine.begin(x_t, calls.tables[now], small)
     at_once = engine.rows_at_once if most is None else min(most, engine.rows_at_once)
-    chunks = list(table_chunks(job.table, plan, at_once))
-    noisy = [chunk for chunk in chunks if job.table.stochastic[chunk[0]]]
-    with NoiseAhead(lambda j: job.noise.row(j, numbers, shape), noisy) as ahead:
+    chunks = list(table_chunks(calls, at_once))
+    noisy = [chunk for chunk in chunks if calls.stochastic[chunk[0]]]
+
+    def draw(call: int) -> Float32:
+        return job.noise.row(int(calls.solver_row[call]), numbers, shape)
+
+    with NoiseAhead(draw, noisy) as ahead:
         for chunk in chunks:
             limits.check()
-            if plan.index[chunk[0]] != now:
-                now = plan.index[chunk[0]]
-                engine.guide(plan.tables[now])
+            if calls.guidance[chunk[0]] != now:
+                now = calls.guidance[chunk[0]]
+                engine.guide(calls.tables[now])
             noise: list[Float32] | list[None] = [None] * len(chunk)
-            if job.table.stochastic[chunk[0]]:
+            if calls.stochastic[chunk[0]]:
                 noise = ahead.take()
-            values = rows[chunk.start : chunk.stop, None]
+            values = calls.rows[chunk.start : chunk.stop, None]
             engine.run_rows(np.repeat(values, len(numbers), axis=1), noise)
             del noise  # so that no third chunk of it is alive when the next is taken
-            yield chunk[-1]
+            if calls.last[chunk[-1]]:
+                yield int(calls.solver_row[chunk[-1]])
 
 
 def run_trajectory(
