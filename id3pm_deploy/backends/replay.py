@@ -125,6 +125,8 @@ class ReplayEngine(Engine):
         if not self._open_now:
             self._rig.open()
             self._open_now = True
+            # Which GPU it is, and what the plan takes, is known now.
+            self.info, self.step_width = self._rig.info, self._rig.step_width
 
     def close(self) -> None:
         """Release the graphs and then the device."""
