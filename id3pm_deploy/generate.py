@@ -31,7 +31,7 @@ from .identity.vectors import IdentityFile, check_identities, normalise_identiti
 from .images import PictureMark, contact_sheet, save_png, save_sheet, to_uint8
 from .models import Model
 from .progress import progress
-from .sampler import SampleJob, SeededNoise, sample_batches
+from .sampler import NO_LIMITS, Limits, SampleJob, SeededNoise, sample_batches
 from .solvers import SolverSettings, SolverTable, solver_table
 from .spec import DiffusionSpec
 from .staging import staged_folder
@@ -143,6 +143,7 @@ def make_pictures(
     wanted: Conditions,
     on_row: Callable[[int], None] | None = None,
     low_res: Float32 | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> Pictures:
     """Sample every condition; the engine must be entered.
 
@@ -153,6 +154,10 @@ def make_pictures(
         wanted: One condition a picture.
         on_row: Called after each table row of each batch, with its number.
         low_res: [n, C, h, w] float32, what a super-resolution model enlarges.
+        limits: When to give up.
+
+    Raises:
+        CancelledError, DeadlineError: A limit was reached.
     """
     table = solver_table(model.spec, settings.solver)
     job = SampleJob(
@@ -164,7 +169,7 @@ def make_pictures(
     )
     begun = time.perf_counter()
     pixels, failed = [], []
-    for batch in sample_batches(engine, job, settings.batch_size, on_row):
+    for batch in sample_batches(engine, job, settings.batch_size, on_row, limits):
         batch.images[batch.failed] = -1.0
         pixels.append(to_uint8(batch.images))
         failed.append(batch.failed)
@@ -210,6 +215,7 @@ def sample_to_folder(
     second: Enlarging | None = None,
     given: GivenPictures | None = None,
     force: bool = False,
+    limits: Limits = NO_LIMITS,
 ) -> tuple[Pictures, dict[str, Any]]:
     """Sample and write pictures, sheet and run record, with a progress bar.
 
@@ -222,11 +228,13 @@ def sample_to_folder(
         second: What enlarges the pictures; only large ones are written then.
         given: What ``model`` itself enlarges, one a condition.
         force: Replace an earlier run in ``out``.
+        limits: When to give up; nothing is written then.
 
     Returns the pictures and the run record.
 
     Raises:
         InputError, OutputError, EngineError, NonFiniteError: See the parts.
+        CancelledError, DeadlineError: A limit was reached.
     """
     check_output(out, force=force)
     rows = _table_rows(model, settings, wanted)
@@ -236,14 +244,14 @@ def sample_to_folder(
     with progress(rows, "sampling") as tick:
         with engine:
             made = make_pictures(
-                engine, model, settings, wanted, lambda _: tick(), small
+                engine, model, settings, wanted, lambda _: tick(), small, limits
             )
         record = run_record(made, settings, engine, model)
         if given is not None and not given.generated:
             marks = (dataclasses.replace(m, composite=True) for m in made.marks)
             made = dataclasses.replace(made, marks=tuple(marks))
         if second is not None:
-            made, own = _enlarged(made, second, lambda _: tick())
+            made, own = _enlarged(made, second, lambda _: tick(), limits)
             record["super_resolution"] = own
     record["samples"] = [
         {"sample": index, "identity": who, "failed": bool(bad)}
@@ -259,13 +267,18 @@ def _table_rows(model: Model, settings: SampleSettings, wanted: Conditions) -> i
 
 
 def _enlarged(
-    made: Pictures, second: Enlarging, on_row: Callable[[int], None]
+    made: Pictures,
+    second: Enlarging,
+    on_row: Callable[[int], None],
+    limits: Limits,
 ) -> tuple[Pictures, dict[str, Any]]:
     """The large pictures, and the second stage's part of the run record."""
     small = low_res_from_pixels(made.pixels)
     chosen, wanted = second.settings, second.wanted
     with second.open_engine() as engine:
-        large = make_pictures(engine, second.model, chosen, wanted, on_row, small)
+        large = make_pictures(
+            engine, second.model, chosen, wanted, on_row, small, limits
+        )
     record = stage_record(large, chosen, engine, second.model)
     marks = map(enlarged_mark, made.marks, large.marks)
     failed = made.failed | large.failed
@@ -390,7 +403,9 @@ def run_record(
 def stage_record(
     pictures: Pictures, settings: SampleSettings, engine: Engine, model: Model
 ) -> dict[str, Any]:
-    """The part of a run record that each stage of a chain has."""
+    """The part of a run record that each stage of a chain has; ``replay`` where the
+    engine replayed table rows, and how."""
+    replay = {"replay": engine.replay_note} if engine.replay_note else {}
     return {
         "checkpoint": model.title,
         "checkpoint_sha256": model.weights_sha256,
@@ -398,6 +413,7 @@ def stage_record(
         "guidance": dataclasses.asdict(settings.guidance),
         "batch_size": settings.batch_size,
         "engine": dataclasses.asdict(engine.info),
+        **replay,
         "seconds": round(pictures.seconds, 4),
         "table_rows": len(pictures.table),
     }

@@ -123,7 +123,7 @@ class Limits:
             )
 
 
-_NO_LIMITS = Limits()
+NO_LIMITS = Limits()
 
 
 def step_rows(table: SolverTable, plan: GuidancePlan) -> Float32:
@@ -151,7 +151,7 @@ def walk(
     engine: Engine,
     job: SampleJob,
     samples: Sequence[int],
-    limits: Limits = _NO_LIMITS,
+    limits: Limits = NO_LIMITS,
     most: int | None = None,
 ) -> Generator[int, None, None]:
     """Begin a trajectory and run its table rows; yields j after each chunk of them, j
@@ -218,7 +218,7 @@ def run_trajectory(
     job: SampleJob,
     samples: Sequence[int],
     on_row: Callable[[int], None] | None = None,
-    limits: Limits = _NO_LIMITS,
+    limits: Limits = NO_LIMITS,
 ) -> SampleBatch:
     """Sample one batch.
 
@@ -251,7 +251,7 @@ def sample_batches(
     job: SampleJob,
     batch_size: int,
     on_row: Callable[[int], None] | None = None,
-    limits: Limits = _NO_LIMITS,
+    limits: Limits = NO_LIMITS,
 ) -> Iterator[SampleBatch]:
     """Sample the whole job, ``batch_size`` samples at a time, in order.
 
