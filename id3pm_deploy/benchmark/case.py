@@ -18,9 +18,10 @@ import numpy as np
 from .. import defaults
 from ..backends.base import Float32, step_shapes
 from ..bundle import BASE, GraphEntry
+from ..calls import EngineCalls, engine_calls
 from ..enlarging import noise_stage
 from ..errors import InputError
-from ..guidance import GuidancePlan, GuidanceSettings, GuidanceTable, guidance_plan
+from ..guidance import GuidanceSettings, GuidanceTable, guidance_plan
 from ..models import Model, bundle_graph, open_model
 from ..parity.conditions import random_conditions, random_low_res
 from ..recipes import dataclass_from_mapping
@@ -100,27 +101,29 @@ class Case:
             low_res=random_low_res(spec, samples, settings.seed),
         )
 
-    def plan(self, samples: int) -> GuidancePlan:
-        """Guidance of that trajectory."""
+    def calls(self, samples: int) -> EngineCalls:
+        """The calls of an engine that this trajectory consists of."""
         job = self.job(samples)
-        return guidance_plan(job.identity, job.guidance, self.table.timesteps)
+        plan = guidance_plan(job.identity, job.guidance, self.table.timesteps)
+        sequential = job.guidance.rows == "sequential"
+        rows, stochastic = step_rows(self.table, plan), self.table.stochastic
+        return engine_calls(rows, stochastic, plan, sequential=sequential)
 
     def timed_row(self, samples: int) -> TimedRow:
-        """The table row that stands for the others where single rows are timed: the
-        first of those with the most UNet rows."""
-        job, plan = self.job(samples), self.plan(samples)
-        sizes = [plan.tables[now].unet_rows for now in plan.index]
-        j = int(np.argmax(sizes))
+        """The call that stands for the others where single ones are timed: the first
+        of those with the most UNet rows."""
+        job, calls = self.job(samples), self.calls(samples)
+        sizes = [calls.tables[now].unet_rows for now in calls.guidance]
+        m = int(np.argmax(sizes))
+        j = int(calls.solver_row[m])
         shape = step_shapes(self.model.spec).picture
         numbers = range(samples)
         noise = None
-        if self.table.stochastic[j]:
+        if calls.stochastic[m]:
             noise = job.noise.row(j, numbers, shape)
-        values = step_rows(self.table, plan)[j]
         x_t = job.noise.start(numbers, shape) * np.float32(self.table.x_scale)
-        step = np.repeat(values[None], samples, axis=0)
-        timestep, guidance = float(self.table.timesteps[j]), plan.tables[plan.index[j]]
-        return TimedRow(j, timestep, x_t, step, noise, guidance)
+        step = np.repeat(calls.rows[m][None], samples, axis=0)
+        return TimedRow(m, j, x_t, step, noise, calls.tables[calls.guidance[m]])
 
 
 @dataclass(frozen=True)
@@ -128,16 +131,16 @@ class TimedRow:
     """One table row with its inputs.
 
     Attributes:
-        number: Of the table row.
-        timestep: Its training timestep.
+        call: Its number among the engine's calls.
+        number: Of its table row.
         x_t: [B, C, H, W] float32.
         step: [B, S] float32.
         noise: [B, C, H, W] float32, or None.
         guidance: Its guidance table.
     """
 
+    call: int
     number: int
-    timestep: float
     x_t: Float32
     step: Float32
     noise: Float32 | None
@@ -168,7 +171,7 @@ def open_case(bundle: Path, checkpoint: Path | None, settings: CaseSettings) -> 
     if checkpoint is not None:
         _check_same(model, checkpoint)
     case = Case(model, checkpoint, settings)
-    case.plan(1)  # guidance that does not fit is refused before any work
+    case.calls(1)  # guidance that does not fit is refused before any work
     case.graph  # noqa: B018 - so is a bundle without the graph
     return case
 

@@ -126,12 +126,8 @@ class EngineRunner(Runner):
     def begin(self, samples: int) -> None:
         """Take this batch size; buffers are made by the first run."""
         self._samples, self._row = samples, self._case.timed_row(samples)
-        self._job = self._case.job(samples)
-        row = self._row
-        self.rows_in_one = max(1, min(self._engine.rows_at_once, len(self._case.table)))
-        count = self.rows_in_one
-        self._steps = np.ascontiguousarray(np.repeat(row.step[None], count, axis=0))
-        self._noise = [row.noise] * count
+        self._job, self._calls = self._case.job(samples), len(self._case.calls(samples))
+        self._steps = np.zeros((0, 0), np.float32)
 
     def check(self) -> Float32:
         """A trajectory, refused where a sample is not finite."""
@@ -146,6 +142,11 @@ class EngineRunner(Runner):
         assert self._row is not None
         small = self._job.low_res
         self._engine.begin(self._row.x_t, self._row.guidance, small)
+        count = min(self._engine.rows_at_once, self._calls)
+        if count != len(self._steps):
+            self._steps = np.repeat(self._row.step[None], count, axis=0)
+        self._noise = [self._row.noise] * count
+        self.rows_in_one = count
 
     def run_row(self) -> None:
         """What the sampler asks of the engine at once, and a wait."""

@@ -154,6 +154,8 @@ def _check_plain(case: Case) -> None:
     told = guidance.guidance
     if settings.solver not in _SOLVERS:
         raise EngineError(f"written for {' and '.join(_SOLVERS)} only")
+    if told.rows != "parallel":
+        raise EngineError("written for guided rows side by side only")
     if told.scales or told.interval or told.rescale or told.schedule != "constant":
         raise EngineError("written for a constant guidance scale only")
     if spec.model.low_res_size is not None:
@@ -177,9 +179,10 @@ def _scheduler(case: Case) -> Any:
         scheduler.set_timesteps(timesteps=times)
         return scheduler
     gaps = {a - b for a, b in itertools.pairwise(times)} or {times[0] + 1}
-    total = case.model.spec.schedule.timesteps
     gap = gaps.pop()
-    if gaps or times[-1] >= gap or total // (total // gap) != gap:
+    if gaps or times[-1] >= gap:
         raise EngineError("diffusers' ddim takes even spacings only")
-    scheduler.num_inference_steps = total // gap
+    # It goes from t to t - T // N; T and N are told so that this is the gap.
+    scheduler.register_to_config(num_train_timesteps=gap)
+    scheduler.num_inference_steps = 1
     return scheduler

@@ -10,7 +10,6 @@ from ..backends.base import STEP_OUTPUTS, Float32, empty_state, step_shapes
 from ..compare import Comparison, compare
 from ..guidance import GuidanceTable
 from ..optional import require
-from ..sampler import step_rows
 from ..selftest import Arrays
 from .case import Case, TimedRow
 from .column import Runner
@@ -62,7 +61,7 @@ class PlainRuntimeRunner(Runner):
         """Take this batch size."""
         self._samples = samples
         self._row: TimedRow = self._case.timed_row(samples)
-        self._job, self._plan = self._case.job(samples), self._case.plan(samples)
+        self._job, self._calls = self._case.job(samples), self._case.calls(samples)
         self._shapes = step_shapes(self._case.model.spec)
         self._zero = np.zeros((samples, *self._shapes.picture), np.float32)
 
@@ -76,9 +75,10 @@ class PlainRuntimeRunner(Runner):
         table, numbers = self._case.table, range(self._samples)
         shape, noise = self._shapes.picture, self._job.noise
         state = self._state(noise.start(numbers, shape) * np.float32(table.x_scale))
-        for j, values in enumerate(step_rows(table, self._plan)):
-            guidance = self._plan.tables[self._plan.index[j]]
-            stochastic = table.stochastic[j]
+        calls = self._calls
+        for m, values in enumerate(calls.rows):
+            guidance, j = calls.tables[calls.guidance[m]], int(calls.solver_row[m])
+            stochastic = calls.stochastic[m]
             drawn = noise.row(j, numbers, shape) if stochastic else self._zero
             step = np.repeat(values[None], self._samples, axis=0)
             state = self._run(self._feeds(state, drawn, guidance, step))["state_next"]

@@ -153,14 +153,17 @@ def one_node(kind: str, inputs: dict[str, Any]) -> bytes:
     dims = b"".join(_number(1, size) for size in b.shape)
     constant = dims + _number(2, _FLOAT) + _text(8, "b") + _inner(9, b.tobytes())
     graph = _inner(1, node) + _text(2, kind) + _inner(5, constant)
-    graph += _inner(11, _value("a", inputs["a"].shape)) + _inner(12, _value("c", None))
+    shape = inputs["a"].shape
+    made = (
+        (shape[0], b.shape[0], *shape[2:]) if kind == "Conv" else (shape[0], b.shape[1])
+    )
+    graph += _inner(11, _value("a", shape)) + _inner(12, _value("c", made))
     return _number(1, 9) + _inner(7, graph) + _inner(8, _number(2, 17))
 
 
-def _value(name: str, shape: tuple[int, ...] | None) -> bytes:
+def _value(name: str, shape: tuple[int, ...]) -> bytes:
     tensor = _number(1, _FLOAT)
-    if shape is not None:
-        tensor += _inner(2, b"".join(_inner(1, _number(1, size)) for size in shape))
+    tensor += _inner(2, b"".join(_inner(1, _number(1, size)) for size in shape))
     return _text(1, name) + _inner(2, _inner(1, tensor))
 
 

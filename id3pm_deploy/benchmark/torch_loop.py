@@ -18,7 +18,6 @@ from ..compare import Comparison, compare
 from ..errors import EngineError, first_line
 from ..reference.checkpoint import load_checkpoint
 from ..reference.step import step_module
-from ..sampler import step_rows
 from ..selftest import Arrays
 from .case import Case
 from .column import Runner
@@ -106,21 +105,21 @@ class StepLoop(Runner):
     def begin(self, samples: int) -> None:
         """Put the inputs of all table rows on the device."""
         case = self._case
-        self._samples, job, plan = samples, case.job(samples), case.plan(samples)
+        self._samples, job, calls = samples, case.job(samples), case.calls(samples)
         self._shape = (samples, *step_shapes(case.model.spec).picture)
         low = () if job.low_res is None else (self._tensor(job.low_res),)
         tables = [
             (self._tensor(t.identity), self._tensor(t.row), self._tensor(t.mix))
-            for t in plan.tables
+            for t in calls.tables
         ]
         steps = [
             self._tensor(np.repeat(values[None], samples, axis=0))
-            for values in step_rows(case.table, plan)
+            for values in calls.rows
         ]
-        pairs = zip(plan.index, steps, strict=True)
+        pairs = zip(calls.guidance, steps, strict=True)
         self._inputs = [(*tables[now], step, *low) for now, step in pairs]
         self._zero = torch.zeros(self._shape, device=self._device)
-        self._timed = case.timed_row(samples)
+        self._calls, self._timed = calls, case.timed_row(samples)
 
     def _trajectory(self, x_t: Any, noise: Callable[[int], Any]) -> Any:
         table = self._case.table
@@ -130,8 +129,9 @@ class StepLoop(Runner):
         )
         state[0] = x_t * float(table.x_scale)
         with torch.no_grad(), no_tf32():
-            for j, rest in enumerate(self._inputs):
-                drawn = noise(j) if table.stochastic[j] else self._zero
+            for m, rest in enumerate(self._inputs):
+                j = int(self._calls.solver_row[m])
+                drawn = noise(j) if self._calls.stochastic[m] else self._zero
                 state = self._step(state, drawn, rest)
         return state[0].cpu()
 
@@ -160,7 +160,7 @@ class StepLoop(Runner):
     def run_row(self) -> None:
         """One step, and a wait."""
         with torch.no_grad(), no_tf32():
-            rest = self._inputs[self._timed.number]
+            rest = self._inputs[self._timed.call]
             self._state = self._step(self._state, self._noise, rest)
         self._wait()
 
