@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import EngineError, InputError, first_line
 from ..guidance import GuidanceTable
 from ..optional import require
-from ..solvers import RESCALE_COLUMN, STEP_WIDTH
+from ..solvers import STEP_WIDTHS
 from .base import (
     STEP_OUTPUTS,
     EngineInfo,
@@ -33,13 +33,22 @@ from .memory_limit import limit_memory
 _FATAL_ONLY = 4
 
 
-def make_session(graph: bytes | Path, threads: int) -> Any:
-    """An InferenceSession on the CPU provider.
+Provider = tuple[str, dict[str, str]]
+"""An execution provider's name and its options."""
+
+CPU_PROVIDER: Provider = ("CPUExecutionProvider", {})
+
+
+def make_session(
+    graph: bytes | Path, threads: int, providers: Sequence[Provider] = (CPU_PROVIDER,)
+) -> Any:
+    """An InferenceSession.
 
     Args:
         graph: A serialised ONNX model, or the path of a file that nobody else can
             change; it saves a copy in memory.
         threads: Intra-op threads; 0 leaves ONNX Runtime's choice.
+        providers: What runs it, the first choice first.
 
     Raises:
         InputError: ``threads`` is negative.
@@ -59,8 +68,9 @@ def make_session(graph: bytes | Path, threads: int) -> Any:
     limit_memory(runtime, options)
     try:
         source = str(graph) if isinstance(graph, Path) else graph
+        # Its own fall-back would print, and run on the CPU what was meant for a GPU.
         return runtime.InferenceSession(
-            source, options, providers=["CPUExecutionProvider"]
+            source, options, providers=list(providers), enable_fallback=0
         )
     except Exception as error:  # its exceptions share no base class of their own
         raise EngineError(
@@ -132,7 +142,7 @@ def _value_over(array: Any) -> Any:
     return runtime.OrtValue.ortvalue_from_numpy(array)
 
 
-def _step_width(session: Any) -> int:
+def graph_step_width(session: Any) -> int:
     """Numbers in a table row of a step graph.
 
     Raises:
@@ -144,17 +154,17 @@ def _step_width(session: Any) -> int:
             "the graph is not a step graph", why=f"its outputs are {outputs}"
         )
     widths = [x.shape[-1] for x in session.get_inputs() if x.name == "step" and x.shape]
-    if widths not in ([RESCALE_COLUMN], [STEP_WIDTH]):
+    if widths not in [[width] for width in STEP_WIDTHS]:
         raise EngineError(
             "the graph is of another release",
             why=f"a table row of it has {widths} numbers, this release makes "
-            f"{RESCALE_COLUMN} or {STEP_WIDTH}",
+            f"{' or '.join(map(str, STEP_WIDTHS))}",
             fix="export the checkpoint again",
         )
     return int(widths[0])
 
 
-def _check_inputs(session: Any, shapes: StepShapes) -> None:
+def check_graph_inputs(session: Any, shapes: StepShapes) -> None:
     """Raise :class:`EngineError` for a graph whose inputs are another model's."""
     known = {item.name for item in session.get_inputs()}
     for name, noun in (("identity", "identity"), ("low_res", "small pictures")):
@@ -187,8 +197,8 @@ class OnnxRuntimeEngine(RowEngine):
         label = precision if precision == "float32" else f"{precision} weights"
         version = require("onnxruntime", extra="cpu").__version__
         info = EngineInfo("onnxruntime", version, label, "CPU")
-        super().__init__(info, shapes, _step_width(self._session))
-        _check_inputs(self._session, shapes)
+        super().__init__(info, shapes, graph_step_width(self._session))
+        check_graph_inputs(self._session, shapes)
         self._samples: _SampleBuffers | None = None
         self._by_rows: dict[int, _RowBuffers] = {}
         self._now: _RowBuffers | None = None
