@@ -22,7 +22,8 @@ FINAL_ORDERS = ("lower", "full")
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 GUIDANCE_ROWS = ("parallel", "sequential")
 PRECISIONS = ("float32", "float16", "bfloat16")
-BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
+ORT_GPU_BACKENDS = ("onnxruntime-cuda", "onnxruntime-tensorrt")
+BACKENDS = ("auto", "onnxruntime", *ORT_GPU_BACKENDS, "tensorrt", "torch")
 
 SOLVER = "ddpm"
 STEPS = 50

@@ -22,7 +22,7 @@ from .bundle import (
     open_bundle,
 )
 from .checkpoint_config import is_checkpoint, load_spec, weights_sha256
-from .defaults import BACKENDS
+from .defaults import BACKENDS, ORT_GPU_BACKENDS
 from .errors import EngineError, InputError
 from .optional import require
 from .spec import DiffusionSpec, check_chain
@@ -145,18 +145,26 @@ def open_engine(
     threads: int = 0,
     device: str = "cpu",
     trust: bool = False,
+    replay_rows: int = 0,
+    compiled: bool | str = False,
 ) -> Engine:
     """The engine that runs ``model``; enter it before use.
 
     Args:
         model: An opened model.
-        backend: ``onnxruntime`` or ``tensorrt`` (a bundle), ``torch`` (a checkpoint),
-            or ``auto`` for the one that fits, which in this release is no plan.
+        backend: ``onnxruntime``, ``onnxruntime-cuda``, ``onnxruntime-tensorrt`` or
+            ``tensorrt`` (a bundle), ``torch`` (a checkpoint), or ``auto`` for the one
+            that fits, which in this release is no plan.
         precision: ``float32``, ``float16`` or ``bfloat16``; None takes the bundle's
             engine's, or float32.
         threads: CPU threads; 0 leaves the recipe's or the runtime's choice.
-        device: A torch device, for the torch backend.
+        device: ``cpu``, ``cuda`` or ``cuda:1``, for the torch backend and those of
+            ONNX Runtime that are for GPUs, which take the first GPU by default.
         trust: The user answers for a plan that was neither built here nor signed.
+        replay_rows: Table rows in a captured graph, where the backend replays them;
+            see :class:`.backends.replay.ReplayEngine`.
+        compiled: Have PyTorch compile the step, for the torch backend; True, or a mode
+            of :data:`.backends.torch_body.COMPILE_MODES`.
 
     Raises:
         EngineError: The model cannot run on that backend; of a plan, the error says
@@ -169,12 +177,12 @@ def open_engine(
     if backend == "auto":
         backend = "torch" if model.bundle is None else "onnxruntime"
     if backend == "torch":
-        return _torch_engine(model, precision or "float32", threads, device)
-    if device != "cpu" and backend != "torch":
-        raise InputError(
-            f"--device {device} is a setting of the torch backend",
-            fix="leave it out, or give a CHECKPOINT",
-        )
+        form = _torch_form(precision or "float32")
+        options = TorchOptions(form, threads, device, replay_rows, compiled)
+        return _torch_engine(model, options)
+    _refuse_torch_options(backend, device, compiled)
+    if backend in ORT_GPU_BACKENDS:
+        return _ort_device_engine(model, backend, precision, device, replay_rows)
     if backend == "onnxruntime":
         return _onnxruntime_engine(model, precision, threads)
     if backend == "tensorrt":
@@ -201,7 +209,39 @@ def _tensorrt_engine(model: Model, precision: str | None, trust: bool) -> Engine
     )
 
 
-def _torch_engine(model: Model, precision: str, threads: int, device: str) -> Engine:
+def _refuse_torch_options(backend: str, device: str, compiled: bool | str) -> None:
+    if compiled:
+        raise InputError(
+            "--compile is a setting of the torch backend",
+            fix="leave it out, or give a CHECKPOINT",
+        )
+    if device != "cpu" and backend not in ORT_GPU_BACKENDS:
+        raise InputError(
+            f"the backend {backend} takes no --device {device}",
+            why="it is a setting of the torch backend and of "
+            + " and ".join(ORT_GPU_BACKENDS),
+            fix="leave it out, or choose one of them with --backend",
+        )
+
+
+@dataclass(frozen=True)
+class TorchOptions:
+    """How the torch backend runs; see :func:`open_engine`."""
+
+    form: BodyForm
+    threads: int
+    device: str
+    replay_rows: int
+    compiled: bool | str
+
+
+def _torch_form(precision: str) -> BodyForm:
+    if precision not in get_args(Precision):
+        raise InputError(f"the torch backend has no precision {precision!r}")
+    return BodyForm(cast(Precision, precision))
+
+
+def _torch_engine(model: Model, options: TorchOptions) -> Engine:
     if model.bundle is not None:
         raise EngineError(
             "a BUNDLE has no PyTorch weights for the torch backend",
@@ -209,17 +249,24 @@ def _torch_engine(model: Model, precision: str, threads: int, device: str) -> En
         )
     torch = require("torch", extra="export")
     require("diffusers", extra="export")
-    from .backends.torch import TorchEngine
+    from .backends.torch_body import torch_device
     from .reference.checkpoint import load_checkpoint
 
-    if precision not in get_args(Precision):
-        raise InputError(f"the torch backend has no precision {precision!r}")
-    form = BodyForm(cast(Precision, precision))
-    if threads:
-        torch.set_num_threads(threads)
-    checkpoint = load_checkpoint(model.path)
+    kind = torch_device(options.device).type  # before the weights are read
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    network = load_checkpoint(model.path).network
     shapes = step_shapes(model.spec)
-    return TorchEngine(checkpoint.network, shapes, form, device)
+    given = (network, shapes, options.form, options.device)
+    if kind != "cuda":
+        from .backends.torch import TorchEngine
+
+        return TorchEngine(*given, compile_with=options.compiled)
+    from .backends.replay import ReplayEngine
+    from .backends.torch_rig import TorchRig
+
+    rig = TorchRig(*given, compile_with=options.compiled)
+    return ReplayEngine(rig, options.replay_rows)
 
 
 def bundle_graph(
@@ -251,18 +298,42 @@ def bundle_graph(
     )
 
 
-def _onnxruntime_engine(model: Model, precision: str | None, threads: int) -> Engine:
+def _ort_device_engine(
+    model: Model, backend: str, precision: str | None, device: str, replay_rows: int
+) -> Engine:
+    """ONNX Runtime's own graphs hold one table row; -1 switches them off."""
+    bundle = _bundle_for(model, backend)
+    from .backends.ort_device import OnnxDeviceEngine
+    from .backends.ort_providers import target_of
+
+    target = target_of(backend, device)
+    graph = bundle_graph(bundle, precision, model.stage)
+    return OnnxDeviceEngine(
+        bundle.read(graph.file),
+        step_shapes(model.spec),
+        graph.precision,
+        target,
+        graphs=replay_rows >= 0,
+    )
+
+
+def _bundle_for(model: Model, backend: str) -> Bundle:
     if model.bundle is None:
         raise EngineError(
-            "a CHECKPOINT has no engine for the onnxruntime backend",
+            f"a CHECKPOINT has no engine for the {backend} backend",
             fix=f"id3pm-deploy build-engine {model.path} --target cpu --out BUNDLE",
         )
+    return model.bundle
+
+
+def _onnxruntime_engine(model: Model, precision: str | None, threads: int) -> Engine:
+    bundle = _bundle_for(model, "onnxruntime")
     from .backends.onnxruntime import OnnxRuntimeEngine
 
-    graph = bundle_graph(model.bundle, precision, model.stage)
-    engines = model.bundle.manifest.engines
+    graph = bundle_graph(bundle, precision, model.stage)
+    engines = bundle.manifest.engines
     if not threads:
         wanted = next((e.threads for e in engines if e.graph == graph.file), 0)
         threads = min(wanted, os.cpu_count() or 1)  # it may be of a larger machine
-    data = model.bundle.read(graph.file)
+    data = bundle.read(graph.file)
     return OnnxRuntimeEngine(data, step_shapes(model.spec), graph.precision, threads)

@@ -64,6 +64,20 @@ rebuild_option = click.option(
     help="Build a plan again that is of another version or for another GPU.",
 )
 
+device_option = option(
+    "--device",
+    default="cpu",
+    metavar="cpu|cuda[:N]",
+    help="Of torch; a GPU by its number for the backends of ONNX Runtime on GPUs.",
+)
+
+compile_option = click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Of torch: compile the step first, by torch.compile.",
+)
+
 
 def say(text: str) -> None:
     """A line for the user, beside what the command prints."""

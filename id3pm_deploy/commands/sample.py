@@ -23,6 +23,8 @@ from ..defaults import (
 from ..errors import InputError
 from .options import (
     PATH,
+    compile_option,
+    device_option,
     flags,
     given,
     option,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from ..identity.vectors import IdentityFile
     from ..models import Model
 
+_ENGINE = ("precision", "threads", "device", "trust", "compiled")
 _SECOND = ("sr_solver", "sr_steps", "sr_guidance", "sr_batch_size")
 
 
@@ -84,7 +87,8 @@ _SECOND = ("sr_solver", "sr_steps", "sr_guidance", "sr_batch_size")
 )
 @option("--precision", type=click.Choice(PRECISIONS), help="If several.")
 @option("--threads", default=0, help="CPU threads; 0 leaves the runtime's choice.")
-@option("--device", default="cpu", help="Device of the torch backend.")
+@device_option
+@compile_option
 @trust_option
 @rebuild_option
 @click.option("--force", is_flag=True, help="Replace an earlier run in OUT.")
@@ -116,9 +120,7 @@ def command(
 
     opened = open_model(model)
     own_guidance(ctx, values, opened.spec)
-    engine_options = {
-        name: values[name] for name in ("precision", "threads", "device", "trust")
-    }
+    engine_options = {name: values[name] for name in _ENGINE}
     _check_whose(opened, identity, unconditional)
     file = None if identity is None else load_identities(identity)
     pictures, count = _given_pictures(ctx, opened, low_res, file)
@@ -242,8 +244,7 @@ def _second_stage(
         return None
     if path is not None:
         second = _fresh(second, values)
-    names = ("precision", "threads", "device", "trust")
-    engine_options = {name: values[name] for name in names}
+    engine_options = {name: values[name] for name in _ENGINE}
     of_whom = file if second.spec.identity.dim else None
     settings = dataclasses.replace(
         first,
