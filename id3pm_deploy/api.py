@@ -33,15 +33,21 @@ from .generate import (
     stage_record,
 )
 from .images import Pixels
-from .making import StagePlan, enlarged_batch, made_batch, plan_of_one, served
+from .making import (
+    StagePlan,
+    enlarged_batch,
+    made_batch,
+    plan_of_one,
+    repeat_plans,
+    served,
+)
 from .models import Model, open_model, open_second_stage
-from .replaying import Repeat, note_engine, read_record, repeat
+from .replaying import note_engine, read_record, repeat
 from .sampler import Limits
 from .serving import PLACES, WAITING
 from .solvers import solver_table
-from .spec import DiffusionSpec
 from .stage import Stage
-from .whose import Identities, identities_of, wanted_of, whose_in_record
+from .whose import Identities, identities_of, wanted_of
 
 Float32 = npt.NDArray[np.float32]
 
@@ -187,7 +193,8 @@ class Sampler:
             seed: Of all noise.
             batch_size: Pictures made at once; cannot change them.
             low_res: [n, h, w, 3] uint8, what a super-resolution model enlarges, each
-                once; of one identity for all, or of one each.
+                once; of one identity for all, or of one each. The marks then call
+                the pictures composites, as what was given may show anything.
             enlarge: Use the second stage where there is one.
             sr_solver, sr_steps, sr_guidance, sr_batch_size: Of the second stage.
             limits: A deadline for all of it and an event that cancels.
@@ -270,24 +277,8 @@ class Sampler:
                 why=f"{len(low_res)} are given",
             )
         note_engine(values, self._stage.engine.info)
-        first, second = self._plans(todo, identities)
+        first, second = repeat_plans(self._stage, self._second, todo, identities)
         return self._batches(first, second, todo.first_sample, low_res, limits)
-
-    def _plans(
-        self, todo: Repeat, identities: Identities
-    ) -> tuple[StagePlan, StagePlan | None]:
-        spec = self.model.spec
-        file = whose_in_record(identities_of(spec, identities), todo.identities)
-        each = len(todo.identities) if file is None else 1
-
-        def plan(spec: DiffusionSpec, settings: SampleSettings) -> StagePlan:
-            table = solver_table(spec, settings.solver)
-            return StagePlan(settings, table, wanted_of(spec, file, each))
-
-        first = plan(spec, todo.settings)
-        if todo.second is None or self._second is None:
-            return first, None
-        return first, plan(self._second.model.spec, todo.second)
 
     def _batches(
         self,
@@ -304,7 +295,13 @@ class Sampler:
             chosen = range(start, min(start + size, total))
             begun = time.perf_counter()
             images, made = made_batch(
-                self._stage, first, chosen, first_sample, small, limits
+                self._stage,
+                first,
+                chosen,
+                first_sample,
+                small,
+                limits,
+                given=small is not None,
             )
             record = run_record(made, first.settings, self._stage.engine, self.model)
             if second is not None and self._second is not None:
@@ -381,10 +378,13 @@ class Sampler:
                 guidance_of(sr_guidance, own),
                 seed,
             )
-            large = plan_of_one(own, chosen, wanted_of(own, file, 1))
-        plan = plan_of_one(spec, settings, wanted)
+            large = plan_of_one(enlarges, chosen, wanted_of(own, file, 1))
+        plan = plan_of_one(self._stage, settings, wanted)
         small = None if low_res is None else low_res_from_pixels(low_res)
         picture = await served(self._stage, plan, sample, small, deadline)
+        if small is not None:
+            mark = dataclasses.replace(picture.mark, composite=True)
+            return dataclasses.replace(picture, mark=mark)
         if enlarges is None:
             return picture
         small = low_res_from_pixels(picture.pixels[None])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 
 import numpy as np
@@ -16,10 +15,11 @@ from .generate import Conditions, Pictures, SampleSettings, picture_marks
 from .guidance import guidance_plan
 from .images import to_uint8
 from .places import Trajectory
+from .replaying import Repeat
 from .sampler import Limits, SampleJob, SeededNoise
-from .solvers import SolverSettings, SolverTable, solver_table
-from .spec import DiffusionSpec
+from .solvers import SolverTable
 from .stage import Stage
+from .whose import Identities, identities_of, wanted_of, whose_in_record
 
 Float32 = npt.NDArray[np.float32]
 
@@ -40,8 +40,13 @@ def made_batch(
     first_sample: int,
     low_res: Float32 | None,
     limits: Limits,
+    *,
+    given: bool,
 ) -> tuple[Float32, Pictures]:
-    """The chosen samples of a plan as one batch: images and pictures."""
+    """The chosen samples of a plan as one batch: images and pictures.
+
+    ``given``: what is enlarged came from outside, and may show anything.
+    """
     table, own = plan.table, slice(chosen.start, chosen.stop)
     job = SampleJob(
         plan.wanted.identity[own],
@@ -57,7 +62,7 @@ def made_batch(
     pixels, seconds = to_uint8(batch.images), time.perf_counter() - begun
     made = picture_marks(stage.engine, stage.model, plan.settings, len(chosen))
     marks = tuple(
-        dataclasses.replace(mark, sample=number)
+        dataclasses.replace(mark, sample=number, composite=given)
         for mark, number in zip(made, batch.samples, strict=True)
     )
     return batch.images, Pictures(pixels, marks, batch.failed, seconds, table)
@@ -86,7 +91,9 @@ def enlarged_batch(
         )
         low_res = small[start : start + size]
         first = first_sample + some.start
-        parts.append(made_batch(stage, here, range(len(some)), first, low_res, limits))
+        few = range(len(some))
+        part = made_batch(stage, here, few, first, low_res, limits, given=False)
+        parts.append(part)
     marks = [mark for _, part in parts for mark in part.marks]
     failed = np.concatenate([part.failed for _, part in parts])
     return np.concatenate([images for images, _ in parts]), Pictures(
@@ -99,7 +106,7 @@ def enlarged_batch(
 
 
 def plan_of_one(
-    spec: DiffusionSpec, settings: SampleSettings, wanted: Conditions
+    stage: Stage, settings: SampleSettings, wanted: Conditions
 ) -> StagePlan:
     """The plan of one picture.
 
@@ -110,13 +117,7 @@ def plan_of_one(
         raise InputError(
             "one picture is of one identity", why=f"there are {len(wanted.ids)}"
         )
-    return StagePlan(settings, _table(spec, settings.solver), wanted)
-
-
-@functools.lru_cache(maxsize=64)
-def _table(spec: DiffusionSpec, settings: SolverSettings) -> SolverTable:
-    """Tables are asked for again and again by a server's requests."""
-    return solver_table(spec, settings)
+    return StagePlan(settings, stage.table(settings.solver), wanted)
 
 
 async def served(
@@ -135,3 +136,26 @@ async def served(
     done = await stage.front.submit(trajectory, deadline)
     (mark,) = picture_marks(stage.engine, stage.model, settings, 1)
     return finished_picture(done, dataclasses.replace(mark, sample=sample))
+
+
+def repeat_plans(
+    stage: Stage, second: Stage | None, todo: Repeat, identities: Identities
+) -> tuple[StagePlan, StagePlan | None]:
+    """The plans that a run record asks for.
+
+    Raises:
+        IdentityError: These are not its identities.
+        InputError: It is of nobody, and identities were given.
+    """
+    given = identities_of(stage.model.spec, identities)
+    file = whose_in_record(given, todo.identities)
+    each = len(todo.identities) if file is None else 1
+
+    def plan(stage: Stage, settings: SampleSettings) -> StagePlan:
+        wanted = wanted_of(stage.model.spec, file, each)
+        return StagePlan(settings, stage.table(settings.solver), wanted)
+
+    first = plan(stage, todo.settings)
+    if todo.second is None or second is None:
+        return first, None
+    return first, plan(second, todo.second)

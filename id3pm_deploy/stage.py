@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from .errors import EngineError
 from .models import Model, open_engine
 from .sampler import Limits, SampleBatch, SampleJob, run_trajectory
 from .serving import Front
+from .solvers import SolverSettings, SolverTable, solver_table
 from .worker import Worker
 
 
@@ -20,6 +22,11 @@ class Stage:
         model: What to run.
         backend, options: For :func:`~id3pm_deploy.models.open_engine`.
         places, waiting: For :class:`~id3pm_deploy.serving.Front`.
+
+    Attributes:
+        model: What is run.
+        front: Its continuous batching.
+        table: The solver table of settings, kept for those who ask again.
     """
 
     def __init__(
@@ -32,6 +39,9 @@ class Stage:
     ) -> None:
         self.model = model
         self._backend, self._options = backend, dict(options)
+        make = functools.partial(solver_table, model.spec)
+        self.table: Callable[[SolverSettings], SolverTable]
+        self.table = functools.lru_cache(maxsize=64)(make)
         self._engine: Engine | None = None
         self._worker = Worker()
         self.front = Front(self._entered, self._worker, places, waiting)

@@ -98,12 +98,13 @@ def test_pictures_are_those_of_the_command(
 def test_a_batch_has_arrays_marks_and_dlpack(sampler: Sampler) -> None:
     (batch,) = sampler.sample(None, count=3, **FAST)
     assert batch.pixels.shape == (3, 16, 16, 3)
-    assert (batch.pixels.dtype, batch.images.dtype) == (np.uint8, np.float32)
+    assert batch.pixels.dtype == np.uint8
+    assert batch.images.dtype == np.float32
     assert batch.images.shape == (3, 3, 16, 16)
     assert batch.identities == ("unconditional",) * 3
     assert not batch.failed.any()
     assert [mark.sample for mark in batch.marks] == [0, 1, 2]
-    tensor = torch.from_dlpack(batch)
+    tensor = torch.utils.dlpack.from_dlpack(batch)
     assert tensor.shape == batch.images.shape
     assert tensor.data_ptr() == batch.images.ctypes.data
     assert batch.__dlpack_device__() == (1, 0)
@@ -411,6 +412,7 @@ def test_a_second_stage_enlarges_as_the_command_does(
         with pytest.raises(InputError, match="cannot do without"):
             opened.sample(VECTORS)
         (first,) = opened.sample(VECTORS[:1], low_res=small[:1], steps=2)
+        assert first.marks[0].composite
         first.save(tmp_path / "enlarged")
         (same,) = opened.replay(tmp_path / "enlarged", VECTORS[:1], low_res=small[:1])
         assert (same.images == first.images).all()
