@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,23 +64,34 @@ class PlanSource:
     driver: Any = None
 
 
+def _clear_frames(error: BaseException | None) -> None:
+    """Have the traceback of an error keep none of TensorRT's objects alive: they have
+    to go before the GPU's context does."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_globals.get("__package__") == __package__:
+                with contextlib.suppress(RuntimeError):  # it still runs
+                    frame.clear()
+        error = error.__cause__ or error.__context__
+
+
 class _Captured:
     """A graph and the context that nobody else may use while it lives."""
 
     def __init__(self, rig: TensorRtRig, graph: Graph, context: ReadyContext) -> None:
         self._rig, self._graph = rig, graph
         self._context: ReadyContext | None = context
-        self._sizes = rig.sizes
         self.nodes, self.bytes = graph.nodes, graph.bytes
 
     def launch(self) -> None:
         self._graph.launch(self._rig.stream)
 
     def close(self) -> None:
-        context, self._context = self._context, None
-        if context is not None and self._rig.is_open:
-            self._rig.give_back(self._sizes, context)
+        if self._context is not None and self._rig.is_open:
+            with contextlib.suppress(EngineError):
+                self._rig.stream.synchronize()  # the graph may still run
             self._graph.close()
+        self._context = None
 
 
 class _Open:
@@ -119,7 +132,6 @@ class TensorRtRig(Rig):
         self.sizes: Sizes = (0, 0, 0)
         self._known: set[Sizes] = set()
         self._noisy = False
-        self._generation = 0
         self._spare: OrderedDict[Sizes, ReadyContext] = OrderedDict()
         self._captured_with: ReadyContext | None = None
 
@@ -176,6 +188,7 @@ class TensorRtRig(Rig):
         finally:
             self._now = None
             self._forget()
+            _clear_frames(sys.exc_info()[1])
 
     def close(self) -> None:
         """Release everything; see :class:`Rig`."""
@@ -208,13 +221,12 @@ class TensorRtRig(Rig):
         self.sizes = wanted
         self._clear_inputs()
         if (samples, unet_rows) not in {one[:2] for one in self._known}:
-            self._keep(wanted, self._ready())
+            self._keep(self._ready())
         self._known.add(wanted)
         return moved
 
     def _void(self) -> None:
         """Addresses have changed: no context and no graph is good any more."""
-        self._generation += 1
         self._spare.clear()
         self._known.clear()
         self.sizes = (0, 0, 0)
@@ -257,7 +269,6 @@ class TensorRtRig(Rig):
             addresses,
             have.pool["scratch"],
             stream.address,
-            self._generation,
         )
         size = self._bytes("x0")
         stream.copy(have.pool["x0 kept"], have.pool["x0"], size)
@@ -271,17 +282,10 @@ class TensorRtRig(Rig):
         found = self._spare.pop(self.sizes[:2], None)
         return found if found is not None else self._ready()
 
-    def _keep(self, sizes: Sizes, context: ReadyContext) -> None:
-        self._spare[sizes[:2]] = context
+    def _keep(self, context: ReadyContext) -> None:
+        self._spare[self.sizes[:2]] = context
         while len(self._spare) > _MOST_SPARE:
             self._spare.popitem(last=False)
-
-    def give_back(self, sizes: Sizes, context: ReadyContext) -> None:
-        """Take the context of a graph that is closed."""
-        with contextlib.suppress(EngineError):
-            self.stream.synchronize()  # the graph may still run
-        if context.generation == self._generation:
-            self._keep(sizes, context)
 
     def put(self, name: str, array: npt.NDArray[Any]) -> None:
         """See :class:`Rig`."""
@@ -317,7 +321,7 @@ class TensorRtRig(Rig):
         context, pool = self._captured_with, self._have.pool
         if context is None:
             context = self._take()
-            self._keep(self.sizes, context)
+            self._keep(context)
         context.enqueue(self.stream.address)
         self.stream.copy(pool["state"], pool["state_next"], self._bytes("state"))
 

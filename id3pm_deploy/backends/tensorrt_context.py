@@ -1,8 +1,9 @@
 """Execution contexts of a plan: made for fixed sizes over fixed addresses.
 
 Contexts need scratch memory on the GPU. All of an engine share one piece, since they
-run on one queue and so never two at a time. ``trt`` is the module. What only TensorRT-RTX has is
-used where the module has its ``DynamicShapesKernelSpecializationStrategy``.
+run on one queue and so never two at a time. ``trt`` is the module. What only
+TensorRT-RTX has is used where the module has its
+``DynamicShapesKernelSpecializationStrategy``.
 """
 
 from __future__ import annotations
@@ -74,15 +75,10 @@ def _private_bytes(path: Path | None) -> bytes:
 
 
 class ReadyContext:
-    """An execution context whose sizes, addresses and memory are set.
+    """An execution context whose sizes, addresses and memory are set."""
 
-    Attributes:
-        generation: Of the addresses that it was made for.
-    """
-
-    def __init__(self, context: Any, heard: Heard, generation: int) -> None:
+    def __init__(self, context: Any, heard: Heard) -> None:
         self._context, self._heard = context, heard
-        self.generation = generation
 
     def enqueue(self, stream: int) -> None:
         """Queue the step on a stream.
@@ -147,7 +143,6 @@ class ContextMaker:
         addresses: dict[str, int],
         scratch: Buffer,
         stream: int,
-        generation: int,
     ) -> ReadyContext:
         """A context for fixed sizes, at addresses that stay.
 
@@ -157,7 +152,6 @@ class ContextMaker:
             addresses: Of all tensors, multiples of 256.
             scratch: Shared by contexts that never run at once.
             stream: Where the profile's change is queued.
-            generation: To tell contexts of earlier addresses by.
 
         Raises:
             EngineError, DeviceMemoryError: TensorRT refuses.
@@ -179,4 +173,4 @@ class ContextMaker:
             if scratch.size:
                 context.set_device_memory(scratch.address, scratch.size)
             self._heard.check(what)
-        return ReadyContext(context, self._heard, generation)
+        return ReadyContext(context, self._heard)
