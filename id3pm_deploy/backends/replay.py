@@ -125,6 +125,7 @@ class ReplayEngine(Engine):
         if not self._open_now:
             self._rig.open()
             self._open_now = True
+            self.info = self._rig.info  # which GPU it is, is known now
             # Which GPU it is, and what the plan takes, is known now.
             self.info, self.step_width = self._rig.info, self._rig.step_width
 
