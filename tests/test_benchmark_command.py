@@ -97,7 +97,8 @@ def test_pytorch_and_diffusers_compute_the_same(
     tiny_bundle: Path, tiny_checkpoint: Path, solver: str
 ) -> None:
     names = "onnxruntime,torch,eager-float32,diffusers-float32"
-    words = ["--checkpoint", tiny_checkpoint, "--columns", names, "--solver", solver]
+    words: list[str | Path] = ["--checkpoint", tiny_checkpoint, "--columns", names]
+    words += ["--solver", solver]
     words += ["--device", "cpu", "--cold-starts", "0", "--spacing", "leading"]
     done = _benchmark(tiny_bundle, *words, *QUICK, "--steps", "4", "--json")
     assert done.exit_code == 0, done.output
@@ -297,7 +298,8 @@ def test_a_regression_fails_only_where_that_is_wanted(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    words = [tiny_bundle, "--columns", "onnxruntime", *QUICK, "--cold-starts", "0"]
+    words: list[str | Path] = [tiny_bundle, "--columns", "onnxruntime", *QUICK]
+    words += ["--cold-starts", "0"]
     assert _benchmark(*words, "--out", out).exit_code == 0
     earlier = out / "benchmark.json"
     _slower(earlier, 1e-3)
