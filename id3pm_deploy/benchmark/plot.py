@@ -11,7 +11,7 @@ from ..svg import line, text
 from .result import interval
 from .table import number
 
-_WIDTH, _LEFT, _RIGHT, _BAR = 900, 290, 210, 26
+_WIDTH, _LEFT, _RIGHT, _BAR = 960, 350, 210, 26
 _TOP, _GAP, _PANEL = 58, 64, 260
 _COLOURS = ("#0b6e99", "#c2410c", "#4d7c0f", "#7e22ce", "#b91c1c", "#0f766e")
 _STYLE = (
@@ -49,7 +49,7 @@ def _bars(found: Mapping[str, Any], batch: str) -> tuple[list[str], float]:
     parts = [text(16, 26, f"{title}{batch}: ms, median", "start", "title")]
     y = float(_TOP)
     for name, column in found["columns"].items():
-        parts.append(text(_LEFT - 10, y + 14, column["title"][:44], "end"))
+        parts.append(text(_LEFT - 10, y + 14, _cut(column["title"], 50), "end"))
         if name in known:
             parts += _bar(known[name], y, scale, ours=column["ours"])
         else:
