@@ -38,6 +38,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..enlarging import Enlarging, GivenPictures
+    from ..generate import Conditions, SampleSettings
     from ..identity.vectors import IdentityFile
     from ..models import Model
 
@@ -132,6 +133,7 @@ def command(
     check_output(out, force=force)
     opened = _fresh(opened, values)
     second = _second_stage(ctx, opened, values, settings, file)
+    _check_memory(opened, settings, wanted, values)
     engine = open_engine(opened, values["backend"], **engine_options)
     made, record = sample_to_folder(
         out,
@@ -154,6 +156,25 @@ def command(
     click.echo(
         f"{len(made.marks)} pictures in {out} ({', '.join(ran)}, {seconds:.2f} s)"
     )
+
+
+def _check_memory(
+    model: Model, settings: SampleSettings, wanted: Conditions, values: dict[str, Any]
+) -> None:
+    """Warn or refuse where there is too little memory to run on a CPU."""
+    bundle = model.bundle
+    if bundle is None or values["backend"] not in ("auto", "onnxruntime"):
+        return
+    if values["backend"] == "auto" and bundle.manifest.plans:
+        return
+    from ..memory import check_memory, graph_memory, rows_at_once
+    from ..models import bundle_graph
+
+    graph = bundle_graph(bundle, values["precision"], model.stage)
+    samples = min(settings.batch_size, len(wanted.ids))
+    both = settings.guidance.rows == "parallel" and bool(wanted.identity.any())
+    rows = rows_at_once(model.spec, samples, parallel=both)
+    check_memory(graph_memory(bundle, graph, samples, rows), say)
 
 
 def _fresh(model: Model, values: dict[str, Any]) -> Model:
