@@ -1,4 +1,4 @@
-"""Memory by model size and batch: the estimate against runs, and what is done with it."""
+"""Memory by model size and batch: the estimate, runs, and what is done with it."""
 
 from __future__ import annotations
 
