@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import Bundle, EngineEntry, is_bundle, open_bundle
-from .errors import InputError
+from .errors import EngineError, InputError, MissingPackageError
 
-_RUNS_HERE = "runs here, in a release that has a runtime for plans: this one has none"
+_RUNS_HERE = "runs here"
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def self_tests(path: Path, *, trust: bool = False) -> SelfTests:
         BundleError: It is damaged.
         ParityError: An engine computes something else than PyTorch did.
     """
-    from .models import open_engine, open_model
+    from .models import open_engine, open_model, plan_engine
     from .selftest import self_test
 
     if not is_bundle(path):
@@ -159,7 +159,17 @@ def self_tests(path: Path, *, trust: bool = False) -> SelfTests:
             found.not_run[entry.label] = reason
             continue
         own = stages[entry.stage]
-        with open_engine(own, "onnxruntime", precision=graph.precision) as engine:
+        if entry.backend == "onnxruntime":
+            made = open_engine(own, "onnxruntime", precision=graph.precision)
+        else:
+            made = plan_engine(own, entry)
+        try:
+            entered = made.__enter__()
+        except (EngineError, MissingPackageError) as error:
+            found.errors[entry.label] = None
+            found.not_run[entry.label] = error.what
+            continue
+        with entered as engine:
             found.errors[entry.label] = self_test(engine, model.bundle, graph)
     return found
 
@@ -172,4 +182,7 @@ def _why_not_run(bundle: Bundle, entry: EngineEntry, trust: bool) -> str:
     found = plan_trust(bundle, entry)
     if not (found.trusted or trust):
         return f"its plan is not trusted: {found.reason}"
-    return "this release has no runtime for its plan"
+    from .preflight import here, plan_problem
+
+    problem = plan_problem(entry, here([entry.flavour]), bundle.folder)
+    return "" if problem is None else f"it does not run here: {problem.reason}"

@@ -278,7 +278,7 @@ def test_an_engine_that_cannot_run_is_refused(tiny_bundle: Path) -> None:
     model = open_model(tiny_bundle)
     with pytest.raises(EngineError, match="no PyTorch weights"):
         open_engine(model, "torch")
-    with pytest.raises(EngineError, match="no runtime for them yet"):
+    with pytest.raises(EngineError, match="holds no TensorRT plan"):
         open_engine(model, "tensorrt")
     with pytest.raises(EngineError, match="no step graph"):
         open_engine(model, precision="float16")

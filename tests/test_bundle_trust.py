@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ from id3pm_deploy.preflight import Gpu, Here
 PEM = serialization.Encoding.PEM
 PKCS8 = serialization.PrivateFormat.PKCS8
 PLAIN = serialization.NoEncryption()
+NO_DRIVER = re.compile("no NVIDIA driver|Python module 'cuda")
 PLAN_SHA = hashlib.sha256(b"plan").hexdigest()
 
 
@@ -365,18 +367,16 @@ def test_a_plan_needs_the_ledger_a_trusted_signature_or_the_user(
     model = open_model(planned)
     with pytest.raises(TrustError):
         open_engine(model, "tensorrt")
-    with pytest.raises(EngineError, match="no runtime for them yet"):
-        open_engine(model, "tensorrt", trust=True)
+    open_engine(model, "tensorrt", trust=True)
     sample = ["sample", planned, "--unconditional", "--out", tmp_path / "out"]
     sample += ["--backend", "tensorrt"]
     assert "is not trusted" in run(*sample).stderr
-    assert "no runtime for them yet" in run(*sample, "--trust").stderr
+    assert NO_DRIVER.search(run(*sample, "--trust").stderr)
     assert "is not trusted" in self_tests(planned).not_run["rtx"]
-    assert "no runtime" in self_tests(planned, trust=True).not_run["rtx"]
+    assert NO_DRIVER.search(self_tests(planned, trust=True).not_run["rtx"])
     assert record_plan(PLAN_SHA) == ""
     assert "built on this machine by you" in verify(planned)
-    with pytest.raises(EngineError, match="no runtime for them yet"):
-        open_engine(model, "tensorrt")
+    open_engine(model, "tensorrt")
 
 
 def test_an_onnx_file_listed_as_a_plan_is_a_plan(tmp_path: Path) -> None:

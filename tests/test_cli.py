@@ -211,7 +211,7 @@ def test_unconditional_and_zero_vectors(tiny_bundle: Path, tmp_path: Path) -> No
         (["--device", "cuda"], "setting of the torch backend"),
         (["--solver", "ddim", "--variance", "learned"], "variance is a setting of"),
         (["--backend", "torch"], "no PyTorch weights"),
-        (["--backend", "tensorrt"], "no runtime for them yet"),
+        (["--backend", "tensorrt"], "holds no TensorRT plan"),
         (["--precision", "float16"], "no step graph"),
     ],
 )

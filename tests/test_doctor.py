@@ -456,8 +456,12 @@ def test_what_this_release_runs_is_what_the_product_runs() -> None:
     from id3pm_deploy.models import Model, open_engine
 
     model = Model(Path("none"), cast(Any, None), None)
-    assert verdicts.RUNTIMES == (("onnxruntime", "cpu"),)
-    with pytest.raises(EngineError, match="no runtime"):
+    assert set(verdicts.RUNTIMES) == {
+        ("onnxruntime", "cpu"),
+        ("tensorrt", "tensorrt"),
+        ("tensorrt", "tensorrt_rtx"),
+    }
+    with pytest.raises(EngineError, match="holds no TensorRT plan"):
         open_engine(model, "tensorrt")
 
 

@@ -373,8 +373,8 @@ class TestSides:
             )
             assert dataclasses.replace(side, model=edited).tolerances.step == kept
 
-    def test_a_plan_has_no_runtime_yet(self, tiny_bundle: Path) -> None:
-        with pytest.raises(EngineError, match="no runtime for them yet"):
+    def test_a_bundle_without_a_plan_says_so(self, tiny_bundle: Path) -> None:
+        with pytest.raises(EngineError, match="holds no TensorRT plan"):
             open_side(SideRequest(tiny_bundle, backend="tensorrt"))
 
 

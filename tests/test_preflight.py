@@ -25,6 +25,7 @@ from id3pm_deploy.doctor.verdicts import Lack
 from id3pm_deploy.errors import (
     BundleError,
     EngineError,
+    Id3pmError,
     MissingPackageError,
     TrustError,
 )
@@ -492,13 +493,14 @@ def edit_entry(folder: Path, index: int = 0, **changes: Any) -> None:
     edit_manifest(folder, lambda values: values["engines"][index].update(changes))
 
 
-def test_a_plan_that_fits_is_checked_and_then_waits_for_a_runtime(
+def test_a_plan_that_fits_is_checked_and_then_waits_for_a_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_here(monkeypatch, FITS)
     planned(tmp_path / "b", "rtx")
-    with pytest.raises(EngineError, match="no runtime for them yet"):
-        open_engine(open_model(tmp_path / "b"), "tensorrt")
+    engine = open_engine(open_model(tmp_path / "b"), "tensorrt")
+    with pytest.raises(Id3pmError, match="no NVIDIA driver|Python module 'cuda"):
+        engine.__enter__()
 
 
 def damage(folder: Path, kind: str) -> None:
@@ -561,8 +563,9 @@ def test_the_plan_that_runs_here_is_chosen(
     sha256 = bundle.manifest.file_entry(damage_of.file).sha256
     (tmp_path / "home/state/id3pm-deploy/plans" / f"{sha256}.json").unlink()
     pretend_here(monkeypatch, FITS)
-    with pytest.raises(EngineError, match="no runtime for them yet"):
-        open_engine(open_model(tmp_path / "b"), "tensorrt")
+    engine = open_engine(open_model(tmp_path / "b"), "tensorrt")
+    with pytest.raises(Id3pmError, match="no NVIDIA driver|Python module 'cuda"):
+        engine.__enter__()
 
 
 def test_of_several_that_do_not_run_the_nearest_is_told_of(tmp_path: Path) -> None:
@@ -616,7 +619,7 @@ def test_a_bundle_without_plans_asks_nobody(
     monkeypatch.setattr("id3pm_deploy.preflight.machine.run_probe", never)
     facts = json.loads(run("inspect", tmp_path / "b", "--json").stdout)
     assert facts["plans"] == {}
-    with pytest.raises(EngineError, match="no runtime for them yet"):
+    with pytest.raises(EngineError, match="holds no TensorRT plan"):
         open_engine(open_model(tmp_path / "b"), "tensorrt")
 
 

@@ -49,7 +49,7 @@ def test_build_engine_for_rtx(
     versions = {"tensorrt_rtx": entry["version"]}
     gpu = Gpu("NVIDIA RTX 4090", "8.9", 128)
     sample = ["sample", str(out), "--unconditional", "--backend", "tensorrt"]
-    for gpus, said in (((), "no NVIDIA GPU"), ((gpu,), "no runtime for them yet")):
+    for gpus, said in (((), "no NVIDIA GPU"), ((gpu,), "no NVIDIA driver")):
         pretend_here(monkeypatch, Here(gpus, versions=versions))
         pictures = ["--out", str(tmp_path / "pictures")]
         refused = CliRunner().invoke(main, [*sample, *pictures])

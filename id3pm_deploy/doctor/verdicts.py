@@ -19,7 +19,11 @@ from .packages import CORE, Found, Packages
 from .probe import Outcome
 from .requirements import satisfies
 
-RUNTIMES = (("onnxruntime", "cpu"),)
+RUNTIMES = (
+    ("onnxruntime", "cpu"),
+    ("tensorrt", "tensorrt"),
+    ("tensorrt", "tensorrt_rtx"),
+)
 """Backends and flavours whose engines this release can run."""
 
 EXPORT_PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "safetensors")

@@ -6,7 +6,7 @@ holds one against the other. Neither reads the plan, and neither imports TensorR
 this process.
 """
 
-from .choose import runnable_plans
+from .choose import fitting_gpu, runnable_plans
 from .machine import Gpu, Here, here, library_version
 from .rebuild import rebuild_if_stale
 from .rules import PlanProblem, built_for, found_here, plan_problem
@@ -16,6 +16,7 @@ __all__ = [
     "Here",
     "PlanProblem",
     "built_for",
+    "fitting_gpu",
     "found_here",
     "here",
     "library_version",

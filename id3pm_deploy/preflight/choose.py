@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from ..bundle import BASE, Bundle, EngineEntry
 from .machine import Here, here
 from .rules import PlanProblem, plan_problem
@@ -60,3 +62,17 @@ def runnable_plans(
         problems.sort(key=lambda one: (not one.stale, _NEAREST.index(one.kind)))
         raise problems[0].error()
     return fitting
+
+
+def fitting_gpu(entry: EngineEntry, machine: Here | None = None) -> int:
+    """The first GPU that a plan which runs here runs on, counted as the driver does.
+
+    Args:
+        entry: An engine with a plan.
+        machine: What this machine has; None looks at it.
+    """
+    machine = machine or here([entry.flavour])
+    for index, gpu in enumerate(machine.gpus):
+        if plan_problem(entry, dataclasses.replace(machine, gpus=(gpu,))) is None:
+            return index
+    return 0
