@@ -125,6 +125,7 @@ class Engine(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._bad = None
         self.close()
 
     def _open(self) -> None:  # noqa: B027 - most engines have nothing to do
