@@ -38,7 +38,6 @@ from id3pm_deploy.bundle.trust import check_plan_trusted, plan_trust
 from id3pm_deploy.bundle.writer import BundleWriter
 from id3pm_deploy.cli import main
 from id3pm_deploy.errors import (
-    EngineError,
     InputError,
     OutputError,
     TrustError,

@@ -499,7 +499,7 @@ def test_a_plan_that_fits_is_checked_and_then_waits_for_a_driver(
     pretend_here(monkeypatch, FITS)
     planned(tmp_path / "b", "rtx")
     engine = open_engine(open_model(tmp_path / "b"), "tensorrt")
-    with pytest.raises(Id3pmError, match="no NVIDIA driver|Python module 'cuda"):
+    with pytest.raises(Id3pmError, match=r"no NVIDIA driver|Python module 'cuda"):
         engine.__enter__()
 
 
@@ -564,7 +564,7 @@ def test_the_plan_that_runs_here_is_chosen(
     (tmp_path / "home/state/id3pm-deploy/plans" / f"{sha256}.json").unlink()
     pretend_here(monkeypatch, FITS)
     engine = open_engine(open_model(tmp_path / "b"), "tensorrt")
-    with pytest.raises(Id3pmError, match="no NVIDIA driver|Python module 'cuda"):
+    with pytest.raises(Id3pmError, match=r"no NVIDIA driver|Python module 'cuda"):
         engine.__enter__()
 
 
