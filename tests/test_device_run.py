@@ -98,7 +98,11 @@ def test_inspect_parity_and_doctor(
     facts = json.loads(watched(device, "inspect", tiny_bundle, "--self-test", "--json"))
     assert facts["files_verified"] is True
     assert 0 <= facts["self_test"]["cpu"] < 1e-4
-    report = watched(device, "parity", tiny_bundle, "--out", tmp_path / "report")
+    report = watched(
+        device,
+        *("parity", tiny_bundle, "--against", tiny_bundle, "--solver", "ddim"),
+        *("--steps", "2", "--out", tmp_path / "report"),
+    )
     assert report
     assert (tmp_path / "report").is_dir()
     told: dict[str, Any] = json.loads(watched(device, "doctor", "--json"))
