@@ -119,7 +119,7 @@ class OnnxDeviceEngine(RowEngine):
     def close(self) -> None:
         """Drop the session and its buffers."""
         self._forget()
-        self._session = None
+        self._session = self._bad = None
 
     def _forget(self) -> None:
         self._samples = self._now = None
