@@ -120,6 +120,7 @@ def test_the_record_holds_what_repeats_the_run(tmp_path: Path, model: Model) -> 
         "interval": [0.0, 800.0],
         "rescale": 0.25,
         "guide_variance": False,
+        "rows": "parallel",
     }
     again = GuidanceSettings(**{**values, "interval": tuple(values["interval"])})
     assert again == guidance

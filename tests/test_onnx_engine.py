@@ -288,6 +288,13 @@ def test_a_graph_from_before_rescale_runs_what_it_can() -> None:
             assert engine.step_width == width
             run_trajectory(engine, rescaled, [0, 1])
 
+    split = dataclasses.replace(guidance, rows="sequential")
+    job = dataclasses.replace(job, guidance=split)
+    with OnnxRuntimeEngine(_old_graph(CARRY_COLUMN), SHAPES, "float32") as engine:
+        with pytest.raises(EngineError, match="before sequential guidance") as error:
+            run_trajectory(engine, job, [0, 1])
+        assert "export the checkpoint again" in error.value.fix
+
 
 @pytest.mark.parametrize("width", [30, 34, "S"])
 def test_a_graph_of_another_width_is_refused(width: int | str) -> None:

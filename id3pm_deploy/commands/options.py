@@ -12,6 +12,7 @@ import click
 from ..defaults import (
     FINAL_ORDERS,
     GUIDANCE,
+    GUIDANCE_ROWS,
     GUIDANCE_SCHEDULES,
     SOLVER,
     SOLVERS,
@@ -181,6 +182,7 @@ def guidance_settings(values: dict[str, Any]) -> Any:
         interval=values["guidance_interval"],
         rescale=values["guidance_rescale"],
         guide_variance=values["guide_variance"],
+        rows=values.get("guidance_rows", GUIDANCE_ROWS[0]),
     )
 
 

@@ -13,6 +13,7 @@ from ..defaults import (
     BACKENDS,
     BATCH_SIZE,
     COUNT,
+    GUIDANCE_ROWS,
     PRECISIONS,
     SOLVERS,
     SR_BATCH_SIZE,
@@ -52,6 +53,12 @@ _SECOND = ("sr_solver", "sr_steps", "sr_guidance", "sr_batch_size")
 @click.option("--unconditional", is_flag=True, help="No identity: the null vector.")
 @click.option("--out", required=True, type=PATH, help="Folder for the pictures.")
 @sampling_options
+@option(
+    "--guidance-rows",
+    default=GUIDANCE_ROWS[0],
+    type=click.Choice(GUIDANCE_ROWS),
+    help="sequential: guided rows one after the other, in less memory.",
+)
 @option("--count", default=COUNT, help="Pictures of each identity.")
 @option(
     "--batch-size",
