@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from engine_contract import EngineContract, Make
 from fakes.cuda_driver import FakeDriver, Status
 from fakes.tensorrt_runtime import fake_plan, make_library
 from models import random_identity
@@ -384,3 +385,13 @@ def test_a_real_library_refuses_what_it_cannot_load(tiny_bundle: Path) -> None:
         rig.open()
     assert "erialization" in caught.value.why
     assert stand.driver.alive() == {}
+
+
+class TestContract(EngineContract):
+    """The suite that all engines keep."""
+
+    company = 0.0
+
+    @pytest.fixture
+    def make(self, tiny_bundle: Path) -> Make:
+        return lambda: Stand(tiny_bundle).engine()
