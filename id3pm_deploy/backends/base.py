@@ -15,16 +15,15 @@ import numpy.typing as npt
 from ..errors import EngineError
 from ..guidance import GuidanceTable
 from ..solvers import LATER_COLUMNS, STATE_SLOTS, STEP_WIDTH
-from ..spec import DiffusionSpec
+from .shapes import STEP_INPUTS as STEP_INPUTS
+from .shapes import STEP_OUTPUTS as STEP_OUTPUTS
+from .shapes import StepShapes as StepShapes
+from .shapes import step_shapes as step_shapes
 
 if TYPE_CHECKING:
     from .rig import Rig
 
 Float32 = npt.NDArray[np.float32]
-
-STEP_INPUTS = ("state", "noise", "identity", "row", "mix", "step", "low_res")
-"""All that a step graph may have, in its order; ``StepShapes.inputs`` has a model's."""
-STEP_OUTPUTS = ("state_next", "x0", "finite")
 
 
 @dataclass(frozen=True)
@@ -39,46 +38,6 @@ class EngineInfo:
     version: str
     precision: str
     device: str
-
-
-@dataclass(frozen=True)
-class StepShapes:
-    """Sizes that follow from the model: pictures [C, H, W], identity vectors [D].
-
-    An ``identity_dim`` of 0 is a model without identity; ``low_res_size`` is the side
-    of the small pictures of a super-resolution model, None for all others.
-    """
-
-    channels: int
-    size: int
-    identity_dim: int
-    low_res_size: int | None = None
-
-    @property
-    def picture(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return (self.channels, self.size, self.size)
-
-    @property
-    def low_res(self) -> tuple[int, int, int] | None:
-        """(C, h, w) of the small pictures; None where the model takes none."""
-        if self.low_res_size is None:
-            return None
-        return (self.channels, self.low_res_size, self.low_res_size)
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the step graph's inputs, in its order."""
-        has = {"identity": self.identity_dim > 0, "low_res": self.low_res is not None}
-        return tuple(name for name in STEP_INPUTS if has.get(name, True))
-
-
-def step_shapes(spec: DiffusionSpec) -> StepShapes:
-    """The shapes of the step graph of ``spec``."""
-    model = spec.model
-    return StepShapes(
-        model.image_channels, model.image_size, spec.identity.dim, model.low_res_size
-    )
 
 
 class Engine(ABC):
@@ -404,7 +363,7 @@ class RowEngine(Engine):
         assert self._row is not None
         for step, drawn in zip(steps, noise, strict=True):
             finite = self._run(step, drawn)
-            self._bad[self._row[finite < 0.5]] = True
+            self._bad[self._row[~(finite >= 0.5)]] = True
 
     def _failed(self) -> npt.NDArray[np.bool_]:
         assert self._bad is not None
