@@ -39,8 +39,8 @@ def limit_memory(runtime: Any, options: Any) -> None:
     """Have sessions made with ``options`` share an allocator with a limit.
 
     Nor do they plan one block for all that a run makes: from the second run on that
-    block would be held beside what the first one took, twice the memory, and no step
-    was found to be slower without it (25 M model, R=8, one thread).
+    block would be held beside what the first one took, twice the memory. Without it a
+    step's time did not differ beyond noise (25 M model, R=8, one thread).
 
     Args:
         runtime: The module ``onnxruntime``.
