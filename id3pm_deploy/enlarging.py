@@ -36,8 +36,9 @@ class Enlarging:
     """How the second stage of a run enlarges what the first one made.
 
     ``open_engine`` is called when the first stage is done and its engine closed, so
-    that a machine need not hold both. Of ``settings``, the seed and the count are the
-    first stage's, too.
+    that a machine need not hold both; before, if the first stage runs on a device that
+    may hand its pictures over (``chain.py``). Of ``settings``, the seed and the count
+    are the first stage's, too.
     """
 
     model: Model

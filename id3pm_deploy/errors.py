@@ -91,6 +91,10 @@ class DeviceMemoryError(EngineError):
     """A GPU's memory is not enough; with less at once it may be."""
 
 
+class HandOverError(EngineError):
+    """One engine's pictures cannot be given to another on their device."""
+
+
 class NonFiniteError(EngineError):
     """The network produced NaN or infinity; the samples concerned are not written."""
 

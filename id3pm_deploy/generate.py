@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from .enlarging import (
     Enlarging,
     GivenPictures,
     enlarged_mark,
-    low_res_from_pixels,
     noise_stage,
 )
 from .errors import IdentityError, InputError, NonFiniteError, OutputError
@@ -31,7 +30,14 @@ from .identity.vectors import IdentityFile, check_identities, normalise_identiti
 from .images import PictureMark, contact_sheet, save_png, save_sheet, to_uint8
 from .models import Model
 from .progress import progress
-from .sampler import NO_LIMITS, Limits, SampleJob, SeededNoise, sample_batches
+from .sampler import (
+    NO_LIMITS,
+    Limits,
+    SampleBatch,
+    SampleJob,
+    SeededNoise,
+    sample_batches,
+)
 from .solvers import SolverSettings, SolverTable, solver_table
 from .spec import DiffusionSpec
 from .staging import staged_folder
@@ -144,6 +150,7 @@ def make_pictures(
     on_row: Callable[[int], None] | None = None,
     low_res: Float32 | None = None,
     limits: Limits = NO_LIMITS,
+    on_batch: Callable[[SampleBatch], None] | None = None,
 ) -> Pictures:
     """Sample every condition; the engine must be entered.
 
@@ -155,29 +162,55 @@ def make_pictures(
         on_row: Called after each table row of each batch, with its number.
         low_res: [n, C, h, w] float32, what a super-resolution model enlarges.
         limits: When to give up.
+        on_batch: Called with each batch while the engine still holds it.
 
     Raises:
         CancelledError, DeadlineError: A limit was reached.
     """
-    table = solver_table(model.spec, settings.solver)
-    job = SampleJob(
-        wanted.identity,
-        table,
-        settings.guidance,
-        SeededNoise(settings.seed, noise_stage(model.spec)),
-        low_res=low_res,
-    )
+    job, table = sample_job(model, settings, wanted, low_res)
     begun = time.perf_counter()
-    pixels, failed = [], []
+    batches = []
     for batch in sample_batches(engine, job, settings.batch_size, on_row, limits):
+        batches.append(batch)
+        if on_batch is not None:
+            on_batch(batch)
+    seconds = time.perf_counter() - begun
+    return finished_pictures(engine, model, settings, batches, seconds, table)
+
+
+def sample_job(
+    model: Model,
+    settings: SampleSettings,
+    wanted: Conditions,
+    low_res: Float32 | None = None,
+) -> tuple[SampleJob, SolverTable]:
+    """What has to be sampled for these pictures, and the solver's table.
+
+    Raises:
+        InputError: The settings fit no table.
+    """
+    table = solver_table(model.spec, settings.solver)
+    noise = SeededNoise(settings.seed, noise_stage(model.spec))
+    job = SampleJob(wanted.identity, table, settings.guidance, noise, low_res=low_res)
+    return job, table
+
+
+def finished_pictures(
+    engine: Engine,
+    model: Model,
+    settings: SampleSettings,
+    batches: Sequence[SampleBatch],
+    seconds: float,
+    table: SolverTable,
+) -> Pictures:
+    """The pictures of finished batches; failed samples become black."""
+    pixels = []
+    for batch in batches:
         batch.images[batch.failed] = -1.0
         pixels.append(to_uint8(batch.images))
-        failed.append(batch.failed)
-    seconds = time.perf_counter() - begun
-    marks = picture_marks(engine, model, settings, len(job.identity))
-    return Pictures(
-        np.concatenate(pixels), marks, np.concatenate(failed), seconds, table
-    )
+    marks = picture_marks(engine, model, settings, sum(map(len, pixels)))
+    failed = np.concatenate([batch.failed for batch in batches])
+    return Pictures(np.concatenate(pixels), marks, failed, seconds, table)
 
 
 def picture_marks(
@@ -236,23 +269,26 @@ def sample_to_folder(
         InputError, OutputError, EngineError, NonFiniteError: See the parts.
         CancelledError, DeadlineError: A limit was reached.
     """
+    from .chain import both_stages
+
     check_output(out, force=force)
     rows = _table_rows(model, settings, wanted)
     if second is not None:
         rows += _table_rows(second.model, second.settings, second.wanted)
     small = None if given is None else given.low_res
     with progress(rows, "sampling") as tick:
-        with engine:
-            made = make_pictures(
-                engine, model, settings, wanted, lambda _: tick(), small, limits
-            )
-        record = run_record(made, settings, engine, model)
-        if given is not None and not given.generated:
-            marks = (dataclasses.replace(m, composite=True) for m in made.marks)
-            made = dataclasses.replace(made, marks=tuple(marks))
-        if second is not None:
-            made, own = _enlarged(made, second, lambda _: tick(), limits)
-            record["super_resolution"] = own
+        made, large = both_stages(
+            engine, model, settings, wanted, second, small, limits, lambda _: tick()
+        )
+    record = run_record(made, settings, engine, model)
+    if given is not None and not given.generated:
+        marks = (dataclasses.replace(m, composite=True) for m in made.marks)
+        made = dataclasses.replace(made, marks=tuple(marks))
+    if second is not None and large is not None:
+        record["super_resolution"] = stage_record(
+            large.pictures, second.settings, large.engine, second.model
+        )
+        made = enlarged_pictures(made, large.pictures)
     record["samples"] = [
         {"sample": index, "identity": who, "failed": bool(bad)}
         for index, (who, bad) in enumerate(zip(wanted.ids, made.failed, strict=True))
@@ -266,23 +302,11 @@ def _table_rows(model: Model, settings: SampleSettings, wanted: Conditions) -> i
     return len(table) * -(-len(wanted.ids) // settings.batch_size)
 
 
-def _enlarged(
-    made: Pictures,
-    second: Enlarging,
-    on_row: Callable[[int], None],
-    limits: Limits,
-) -> tuple[Pictures, dict[str, Any]]:
-    """The large pictures, and the second stage's part of the run record."""
-    small = low_res_from_pixels(made.pixels)
-    chosen, wanted = second.settings, second.wanted
-    with second.open_engine() as engine:
-        large = make_pictures(
-            engine, second.model, chosen, wanted, on_row, small, limits
-        )
-    record = stage_record(large, chosen, engine, second.model)
-    marks = map(enlarged_mark, made.marks, large.marks)
-    failed = made.failed | large.failed
-    return dataclasses.replace(large, marks=tuple(marks), failed=failed), record
+def enlarged_pictures(small: Pictures, large: Pictures) -> Pictures:
+    """What the second stage made, with both stages' marks and failures."""
+    marks = map(enlarged_mark, small.marks, large.marks)
+    failed = small.failed | large.failed
+    return dataclasses.replace(large, marks=tuple(marks), failed=failed)
 
 
 def check_output(out: Path, *, force: bool) -> None:

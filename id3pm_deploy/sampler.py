@@ -7,6 +7,8 @@ its picture.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -18,7 +20,7 @@ import numpy.typing as npt
 
 from .backends.base import Engine
 from .calls import EngineCalls, engine_calls
-from .errors import CancelledError, DeadlineError, InputError
+from .errors import CancelledError, DeadlineError, HandOverError, InputError
 from .guidance import GuidancePlan, GuidanceSettings, guidance_plan
 from .noise import batch_normals
 from .noise_ahead import NoiseAhead
@@ -70,6 +72,8 @@ class SampleJob:
         first_sample: Index of the job's first sample.
         low_res: [n, C, h, w] float32 in [-1, 1], what a super-resolution model
             enlarges, one a sample; None for all other models.
+        hand_over: In place of ``low_res``: puts what is enlarged into a begun engine,
+            on its device. False where it cannot.
     """
 
     identity: Float32
@@ -78,6 +82,7 @@ class SampleJob:
     noise: NoiseSource
     first_sample: int = 0
     low_res: Float32 | None = None
+    hand_over: Callable[[Engine], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,14 +142,17 @@ def table_chunks(calls: EngineCalls, most: int) -> Iterator[range]:
     """Calls that may be run together, in order.
 
     Those of a chunk follow each other, share a guidance table and all take noise or
-    all take none; there are at most ``most``.
+    all take none; there are at most ``most``. A run of such calls is cut evenly, so
+    that its chunks have one length, but for the last, which may be shorter.
     """
     begun = 0
     kinds = list(zip(calls.guidance.tolist(), calls.stochastic.tolist(), strict=True))
-    for j in range(1, len(kinds) + 1):
-        if j == len(kinds) or kinds[j] != kinds[begun] or j - begun == most:
-            yield range(begun, j)
-            begun = j
+    for _, alike in itertools.groupby(kinds):
+        count = sum(1 for _ in alike)
+        length = math.ceil(count / math.ceil(count / most))
+        for first in range(begun, begun + count, length):
+            yield range(first, min(first + length, begun + count))
+        begun += count
 
 
 def walk(
@@ -171,6 +179,7 @@ def walk(
     Raises:
         InputError: The guidance does not fit the table.
         EngineError: The engine cannot run the table.
+        HandOverError: The job's pictures cannot be handed over.
         CancelledError, DeadlineError: A limit was reached before the last chunk.
     """
     shape = engine.shapes.picture
@@ -186,10 +195,9 @@ def walk(
     now = calls.guidance[0]
     limits.check()
     x_t = job.noise.start(numbers, shape) * np.float32(job.table.x_scale)
-    small = job.low_res
-    if small is not None:
-        small = np.ascontiguousarray(small[list(samples)])
-    engine.begin(x_t, calls.tables[now], small)
+    engine.begin(x_t, calls.tables[now], _low_res(engine, job, samples))
+    if job.hand_over is not None and not job.hand_over(engine):
+        raise HandOverError("the two engines share no device")
     at_once = engine.rows_at_once if most is None else min(most, engine.rows_at_once)
     chunks = list(table_chunks(calls, at_once))
     noisy = [chunk for chunk in chunks if calls.stochastic[chunk[0]]]
@@ -211,6 +219,15 @@ def walk(
             del noise  # so that no third chunk of it is alive when the next is taken
             if calls.last[chunk[-1]]:
                 yield int(calls.solver_row[chunk[-1]])
+
+
+def _low_res(engine: Engine, job: SampleJob, samples: Sequence[int]) -> Float32 | None:
+    """What the samples are made of; zeros where it is put in place later."""
+    if job.hand_over is not None and engine.shapes.low_res is not None:
+        return np.zeros((len(samples), *engine.shapes.low_res), np.float32)
+    if job.low_res is None:
+        return None
+    return np.ascontiguousarray(job.low_res[list(samples)])
 
 
 def run_trajectory(
