@@ -14,6 +14,9 @@ from models import random_identity, tiny_network, tiny_spec
 
 from id3pm_deploy.backends.base import step_shapes
 from id3pm_deploy.backends.replay import (
+    LEAST_GRAPHS,
+    MOST_GRAPH_BYTES,
+    MOST_GRAPHS,
     MOST_ROWS,
     STAGING_BUDGET,
     GraphStore,
@@ -395,7 +398,7 @@ class Graph:
 def test_the_store_drops_what_was_longest_unused() -> None:
     gone: list[Graph] = []
     drained: list[int] = []
-    store = GraphStore(3, 100, lambda: drained.append(len(gone)))
+    store = GraphStore(3, 100, 1, lambda: drained.append(len(gone)))
     graphs = [Graph(size, gone) for size in (10, 20, 30, 40, 90, 500, 1)]
     for name in range(3):
         store.add((name,), graphs[name])
@@ -417,18 +420,112 @@ def test_the_store_drops_what_was_longest_unused() -> None:
     assert store.get((6,)) is None
 
 
+def test_the_store_keeps_the_newest_whatever_they_take() -> None:
+    """The first graph tells all of a pool that the others use, too."""
+    gone: list[Graph] = []
+    store = GraphStore(6, 100, 3, lambda: None)
+    graphs = [Graph(size, gone) for size in (500, 0, 0, 0, 0, 0, 0, 0)]
+    for name in range(3):
+        store.add((name,), graphs[name])
+    assert not gone
+    store.add((3,), graphs[3])
+    assert gone == [graphs[0]]
+    for name in range(4, 8):
+        store.add((name,), graphs[name])
+    assert gone == graphs[:2]
+    assert len(store) == 6
+
+
+def test_large_graphs_of_one_trajectory_stay(step: Step) -> None:
+    """Guided and not, of two lengths in both slots: none is captured twice."""
+    rig = FakeRig(SHAPES, step)
+    rig.graph_bytes = MOST_GRAPH_BYTES + 1
+    job = job_of(steps=20, guidance=MOVED)
+    with ReplayEngine(rig, 3) as engine:
+        for _ in range(3):
+            run_trajectory(engine, job, range(4))
+        captured = rig.kinds["capture"]
+        run_trajectory(engine, job, range(4))
+        assert rig.kinds["capture"] == captured == rig.live_graphs > 4
+        assert not rig.kinds["drain"]
+
+
 def test_graphs_go_when_they_take_too_much(step: Step) -> None:
     """They are drained first: one of them may be running."""
     rig = FakeRig(SHAPES, step)
     rig.graph_bytes = 100 << 20
     job = job_of()
-    whole = images_of(FakeRig(SHAPES, step), job, 3)
+    whole = images_of(FakeRig(SHAPES, step), job, 3, 2)
     with ReplayEngine(rig, 3) as engine:
-        for _ in range(2):
-            found = run_trajectory(engine, job, range(4)).images
-            assert rig.live_graphs == 2
-            assert found.tobytes() == whole.tobytes()
-        assert rig.kinds["capture"] == rig.kinds["drain"] + 2 > 4
+        for batch in (1, 2, 3, 4, 1, 2):
+            run_trajectory(engine, job, range(batch))
+            assert rig.live_graphs <= LEAST_GRAPHS
+        assert rig.kinds["capture"] == LEAST_GRAPHS + rig.kinds["drain"]
+        assert rig.kinds["drain"] > 4
+        found = run_trajectory(engine, job, [0, 1]).images
+        assert found.tobytes() == whole[:2].tobytes()
+
+
+def cheap(inputs: dict[str, Any]) -> Any:
+    """Some function of all that a step is given, in no time."""
+    state = inputs["state"] * np.float32(0.9) + inputs["noise"] * np.float32(0.1)
+    state += inputs["step"].mean() + inputs["mix"].mean() + inputs["identity"].mean()
+    return state, state[0], np.ones(len(inputs["row"]), np.float32)
+
+
+def launched(rig: FakeRig) -> list[int]:
+    """Nodes of the graphs that were launched since the last look."""
+    found = [call[1] for call in rig.calls if call[0] == "launch"]
+    rig.calls.clear()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "first", "then"),
+    [
+        # A row is three operations, four with noise; one of a graph by itself is one.
+        ("dpmpp-2m", 10, [1] * 10, [30]),
+        ("ddpm", 10, [1] * 10, [36, 1]),
+        ("dpmpp-2m", 16, [48], [48]),
+        ("dpmpp-2m", 20, [1] * 10 + [30], [30, 30]),
+        ("dpmpp-2m", 35, [1] * 12 + [36] + [1] * 11, [36, 36, 33]),
+    ],
+)
+def test_a_graph_is_as_long_as_a_short_trajectory_needs(
+    solver: str, steps: int, first: list[int], then: list[int]
+) -> None:
+    """From its second time on, and in the same slots."""
+    rig = FakeRig(SHAPES, cheap)
+    job = job_of(solver, steps)
+    wanted = images_of(FakeRig(SHAPES, cheap), job, -1, 1)[0]
+    with ReplayEngine(rig, 16) as engine:
+        for nodes in (first, then, then, then):
+            found = run_trajectory(engine, job, [0]).images[0]
+            assert found.tobytes() == wanted.tobytes()
+            assert launched(rig) == nodes
+            captured = rig.kinds["capture"]
+        run_trajectory(engine, job_of(solver, steps, seed=8), [0])
+        assert rig.kinds["capture"] == captured
+        length = max(then) // (4 if solver == "ddpm" else 3)
+        assert engine.replay_note.startswith(f"graphs of {length} table rows")
+
+
+def test_ever_changing_lengths_stay_within_the_store() -> None:
+    rig = FakeRig(SHAPES, cheap)
+    job = job_of("ddim", 20, GuidanceSettings(1.0))
+    rng = np.random.default_rng(0)
+    with ReplayEngine(rig, 20) as engine:
+        for _ in range(12):
+            count = int(rng.integers(1, 5))
+            rows = np.repeat(job.table.rows[:, None], count, axis=1)
+            x_t = job.noise.start(range(count), SHAPES.picture)
+            engine.begin(x_t, guidance_table(IDENTITY[:count], 1.0))
+            for _ in range(12):
+                n = int(rng.integers(1, 20))
+                engine.run_rows(rows[:n], [None] * n)
+            assert rig.live_graphs <= MOST_GRAPHS
+            assert len(engine._asked) <= MOST_GRAPHS
+        assert rig.kinds["drain"] > 0, "more were captured than are kept"
 
 
 SMALL = tiny_spec(schedule="cosine", image_size=8, attention_resolutions=())

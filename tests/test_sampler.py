@@ -290,7 +290,7 @@ def test_chunks_share_a_guidance_table_and_whether_they_take_noise() -> None:
     for most, lengths in {
         1: [1] * 8,
         2: [2, 2, 2, 1, 1],
-        3: [2, 3, 1, 1, 1],
+        3: [2, 2, 2, 1, 1],
         99: [2, 4, 1, 1],
     }.items():
         chunks = list(table_chunks(calls, most))
@@ -308,6 +308,19 @@ def test_chunks_share_a_guidance_table_and_whether_they_take_noise() -> None:
         assert drawn[-1] is None
         for j, one in enumerate(drawn[:-1]):
             assert (one[:, 0, 0, 0] == [100 * (j + 1), 100 * (j + 1) + 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("steps", "lengths"),
+    [(10, [10]), (16, [16]), (17, [9, 8]), (35, [12, 12, 11]), (50, [13, 13, 13, 11])],
+)
+def test_a_run_of_equal_rows_is_cut_evenly(steps: int, lengths: list[int]) -> None:
+    table = solver_table(SPEC, SolverSettings("dpmpp-2m", steps))
+    plan = guidance_plan(IDENTITY, PLAIN, table.timesteps)
+    calls = engine_calls(step_rows(table, plan), table.stochastic, plan)
+    chunks = list(table_chunks(calls, 16))
+    assert [len(chunk) for chunk in chunks] == lengths
+    assert [j for chunk in chunks for j in chunk] == list(range(steps))
 
 
 def test_a_walk_can_be_asked_for_every_row() -> None:

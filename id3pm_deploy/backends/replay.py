@@ -1,10 +1,14 @@
 """Trajectories as a queue of replays: the host only queues, and never waits inside.
 
-A graph holds m table rows. Where that cannot be captured, or a chunk is shorter, a
+A graph holds the table rows of a chunk, m at most. Where that cannot be captured a
 graph of one row is replayed, and where there are no graphs at all the rows are queued
 one by one: each step down of this ladder is logged with its reason. What changes from
 picture to picture (identities, guidance scale, seed, coefficients) lies in buffers that
 are filled before a graph is launched, so it needs no new graph.
+
+A chunk of m rows is captured at once. A shorter one is when its length comes again, and
+until then the graph of one row carries it: to capture costs the host more than it saves
+a trajectory that is run once, and a service may see any length.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -33,6 +37,10 @@ MOST_ROWS = 16
 """Table rows in a graph, where that is left to the engine: more of them save little."""
 MOST_GIVEN_ROWS = 1000
 MOST_GRAPHS, MOST_GRAPH_BYTES = 32, 256 << 20
+LEAST_GRAPHS = 10
+"""As many may one trajectory need: for each of two numbers of UNet rows, two lengths of
+chunks in each slot, and one row. They are kept whatever they take, which may be told
+too high: the first of graphs that share a pool tells all of the pool."""
 
 _PLAIN, _ONE_ROW, _ROWS = range(3)
 _RUNGS = ("no graphs", "graphs of one table row", "graphs of {} table rows")
@@ -45,15 +53,15 @@ class GraphStore:
 
     Args:
         most: How many are kept.
-        most_bytes: Device memory that they may take, as far as they say; the newest
-            is kept even if it takes more.
+        most_bytes: Device memory that they may take, as far as they say.
+        least: The newest that are kept even if they take more.
         before_drop: Called before graphs are released that may still be running.
     """
 
     def __init__(
-        self, most: int, most_bytes: int, before_drop: Callable[[], None]
+        self, most: int, most_bytes: int, least: int, before_drop: Callable[[], None]
     ) -> None:
-        self._most, self._most_bytes = most, most_bytes
+        self._most, self._most_bytes, self._least = most, most_bytes, least
         self._before_drop = before_drop
         self._graphs: OrderedDict[Key, Launchable] = OrderedDict()
 
@@ -78,7 +86,7 @@ class GraphStore:
     def _over(self) -> bool:
         taken = sum(graph.bytes for graph in self._graphs.values())
         many = len(self._graphs)
-        return many > 1 and (many > self._most or taken > self._most_bytes)
+        return many > self._most or (many > self._least and taken > self._most_bytes)
 
     def clear(self) -> None:
         """Release all of them, also where releasing one fails."""
@@ -111,12 +119,16 @@ class ReplayEngine(Engine):
         self.rig = self._rig = rig
         self._wanted = replay_rows
         self._rung = _PLAIN if replay_rows < 0 else _ROWS
-        self._graphs = GraphStore(MOST_GRAPHS, MOST_GRAPH_BYTES, rig.drain)
+        self._graphs = GraphStore(
+            MOST_GRAPHS, MOST_GRAPH_BYTES, LEAST_GRAPHS, rig.drain
+        )
+        self._asked: deque[Key] = deque(maxlen=MOST_GRAPHS)
         self._open_now = self._closed = False
         self._sizes = (0, 0)
         self._slot = 0
         self._pending: list[npt.NDArray[np.int32]] = []
-        self._ran: set[int] = set()
+        self._ran: set[tuple[int, int]] = set()
+        self._longest = 0
         self._why_not: list[str] = []
 
     def _open(self) -> None:
@@ -125,7 +137,6 @@ class ReplayEngine(Engine):
         if not self._open_now:
             self._rig.open()
             self._open_now = True
-            self.info = self._rig.info  # which GPU it is, is known now
             # Which GPU it is, and what the plan takes, is known now.
             self.info, self.step_width = self._rig.info, self._rig.step_width
 
@@ -153,7 +164,7 @@ class ReplayEngine(Engine):
 
     def _forget_logs(self) -> None:
         """An earlier trajectory may have ended, or broken off, unread."""
-        self._pending = []
+        self._pending, self._slot = [], 0  # the same slots as the last time: its graphs
         self._rig.finite()
 
     def _rows_for(self, samples: int) -> int:
@@ -194,9 +205,10 @@ class ReplayEngine(Engine):
 
     def _queue(self, slot: int, n: int, stochastic: bool) -> None:
         """Queue a staged chunk on the highest rung of the ladder that carries it."""
-        if 1 < n == self.rows_at_once:
+        if self._worth_a_graph(n, stochastic):
             key = (*self._sizes, n, stochastic, slot)
             rows = partial(self._queue_rows, slot, n, stochastic)
+            self._longest = max(self._longest, n)
             whole = self._graph(_ROWS, key, rows)
             if whole is not None:
                 whole.launch()
@@ -212,6 +224,14 @@ class ReplayEngine(Engine):
                 one.launch()
             self._rig.log(slot, k)
         self._note(_PLAIN if one is None else _ONE_ROW)
+
+    def _worth_a_graph(self, n: int, stochastic: bool) -> bool:
+        """Whether a chunk is as long as can be, or of a kind that was here before."""
+        kind = (*self._sizes, n, stochastic)
+        if n == 1 or n == self.rows_at_once or kind in self._asked:
+            return n > 1
+        self._asked.append(kind)
+        return False
 
     def _queue_rows(self, slot: int, n: int, stochastic: bool) -> None:
         for k in range(n):
@@ -243,15 +263,17 @@ class ReplayEngine(Engine):
         self._tell()
 
     def _named(self, rung: int) -> str:
-        return _RUNGS[rung].format(self.rows_at_once)
+        return _RUNGS[rung].format(self._longest)
 
     def _note(self, rung: int) -> None:
-        if rung not in self._ran:
-            self._ran.add(rung)
+        longest = self._longest if rung == _ROWS else 0
+        if (rung, longest) not in self._ran:
+            self._ran.add((rung, longest))
             self._tell()
 
     def _tell(self) -> None:
-        ran = " and ".join(self._named(one) for one in sorted(self._ran, reverse=True))
+        rungs = sorted({rung for rung, _ in self._ran}, reverse=True)
+        ran = " and ".join(map(self._named, rungs))
         self.replay_note = "; ".join(filter(None, [ran, *self._why_not]))
 
     def _failed(self) -> npt.NDArray[np.bool_]:
