@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,21 +22,22 @@ from ..body_form import FLOAT32, BodyForm
 from ..enlarging import low_res_from_pixels
 from ..errors import EngineError, first_line
 from ..reference.unet import IdentityUNet
-from ..solvers import STATE_SLOTS, STEP_WIDTH
+from ..solvers import STEP_WIDTH
 from .base import Float32, StepShapes
-from .rig import CONSTANTS, SLOTS, Launchable, Rig
+from .rig import CONSTANTS, Launchable, Rig
 from .torch_body import (
     compile_mode,
     compiled,
     exact_float32,
     many_shapes,
     no_device,
-    out_of_memory,
     step_on,
     torch_device,
     torch_errors,
     torch_info,
 )
+from .torch_buffers import RowBuffers, SampleBuffers
+from .torch_graph import TorchGraph, no_collection, on_stream
 
 _GREY = 256
 _CUDA: Any = torch.cuda
@@ -84,12 +84,12 @@ class TorchRig(Rig):
         self._queue: Any = None
         self._uploads: Any = None
         self._pool: Any = None
-        self._held: _Samples | None = None
-        self._by_rows: dict[int, _Rows] = {}
-        self._now: _Rows | None = None
+        self._held: SampleBuffers | None = None
+        self._by_rows: dict[int, RowBuffers] = {}
+        self._now: RowBuffers | None = None
         self._unread: list[tuple[Any, Tensor]] = []
         self._read: list[Float32] = []
-        self._graphs: list[_Graph] = []
+        self._graphs: list[TorchGraph] = []
 
     # The device
 
@@ -157,18 +157,18 @@ class TorchRig(Rig):
             kept = held if held is not None and held.samples == samples else None
             self._forget()
             with torch_errors("the buffers of a batch"):
-                self._held = held = _Samples(self, samples, rows, kept)
+                self._held = held = SampleBuffers(self, samples, rows, kept)
         if unet_rows in self._by_rows:
             self._now = self._by_rows[unet_rows]
             return moved
         self.drain()
         with torch_errors("the buffers of a batch"):
-            made = _Rows(self, samples, unet_rows, held.rows)
+            made = RowBuffers(self, samples, unet_rows, held.rows)
         self._warm_up(held, made)
         self._by_rows[unet_rows] = self._now = made
         return moved
 
-    def _warm_up(self, held: _Samples, rows: _Rows) -> None:
+    def _warm_up(self, held: SampleBuffers, rows: RowBuffers) -> None:
         """Run the step with what is in the buffers, and drop what it makes. Compiles
         it, too, and has the libraries choose and load their kernels."""
         with many_shapes(self._mode), self._on_queue("a step's first run"):
@@ -273,10 +273,10 @@ class TorchRig(Rig):
         self.drain()
         if self._pool is None:
             self._pool = _CUDA.graph_pool_handle()
-        found = _Graph(self._queue, self._device)
+        found = TorchGraph(_CUDA, self._queue, self._device)
         try:
             # PyTorch leaves the stream current when the end of a capture fails.
-            with _no_collection(), _CUDA.stream(self._queue):
+            with no_collection(), _CUDA.stream(self._queue):
                 found.capture(queue, self._pool)
         except BaseException:
             self._pool = None  # whatever state it is in, nobody needs it
@@ -338,7 +338,7 @@ class TorchRig(Rig):
             self._uploads.synchronize()
             self._queue.synchronize()
 
-    def _sizes(self) -> tuple[_Samples, _Rows]:
+    def _sizes(self) -> tuple[SampleBuffers, RowBuffers]:
         if self._held is None or self._now is None:
             raise EngineError("no trajectory was begun")
         return self._held, self._now
@@ -361,154 +361,7 @@ class TorchRig(Rig):
 
 
 def _on_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:
-    """``stream`` is the current one in here; None where there are none."""
-    return contextlib.nullcontext() if stream is None else _CUDA.stream(stream)
-
-
-class _Slot:
-    """One staging place: table rows and their noise, on the host and on the device."""
-
-    def __init__(self, rig: TorchRig, samples: int, rows: int) -> None:
-        self.steps = rig.zeros(rows, samples, STEP_WIDTH)
-        self.host_steps = rig.host_zeros(rows, samples, STEP_WIDTH)
-        self.picture = (rows, samples, *rig.shapes.picture)
-        self.done: Any = None
-        self.noise: Any = None
-        self.host_noise: Any = None
-
-    def make_noise(self, rig: TorchRig) -> None:
-        """Memory for noise, which deterministic solvers never need."""
-        if self.noise is None:
-            self.noise = rig.zeros(*self.picture)
-            rig.uploads_wait()  # for the zeros
-            self.host_noise = rig.host_zeros(*self.picture)
-
-
-class _Samples:
-    """Buffers of B samples, whatever guides them."""
-
-    def __init__(
-        self, rig: TorchRig, samples: int, rows: int, kept: _Samples | None
-    ) -> None:
-        shapes, self.samples, self.rows = rig.shapes, samples, rows
-        picture = (samples, *shapes.picture)
-        small = shapes.low_res
-        if kept is None:
-            self.state = rig.zeros(STATE_SLOTS, *picture)
-            self.x0 = rig.zeros(*picture)
-            self.low_res = None if small is None else rig.zeros(samples, *small)
-        else:
-            self.state, self.x0, self.low_res = kept.state, kept.x0, kept.low_res
-        self.noise = rig.zeros(*picture)
-        self.step = rig.zeros(samples, STEP_WIDTH)
-        self.slots = [_Slot(rig, samples, rows) for _ in range(SLOTS)]
-
-    def inputs(self, rows: _Rows) -> tuple[Tensor, ...]:
-        """The step module's, in its order."""
-        constant = (rows.identity, rows.row, rows.mix)
-        given = (self.state, self.noise, *constant, self.step)
-        return given if self.low_res is None else (*given, self.low_res)
-
-
-class _Rows:
-    """Buffers of R UNet rows of B samples."""
-
-    def __init__(self, rig: TorchRig, samples: int, unet_rows: int, rows: int) -> None:
-        self.identity = rig.zeros(unet_rows, rig.shapes.identity_dim)
-        self.row = rig.zeros(unet_rows, dtype=torch.int32)
-        self.mix = rig.zeros(2, samples, unet_rows)
-        self.finite = rig.zeros(unet_rows)
-        self.logs = [rig.zeros(rows, unet_rows) for _ in range(SLOTS)]
-
-
-class _Graph:
-    """A captured graph of PyTorch's."""
-
-    def __init__(self, queue: Any, device: torch.device) -> None:
-        self._queue, self._device = queue, device
-        self._graph: Any = None
-        self.nodes = 0
-        self.bytes = 0
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was released."""
-        return self._graph is None
-
-    def capture(self, queue: Callable[[], None], pool: Any) -> None:
-        """Fill the graph with what ``queue`` queues."""
-        graph = _new_graph()
-        _CUDA.empty_cache()
-        before = _CUDA.memory_reserved(self._device)
-        try:
-            # Thread-local: other threads may go on using CUDA meanwhile.
-            with _CUDA.graph(
-                graph, pool, self._queue, capture_error_mode="thread_local"
-            ):
-                queue()
-            self.nodes = _nodes(graph)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory("a captured graph", error) from error
-        except RuntimeError as error:
-            raise EngineError(
-                "PyTorch cannot capture these table rows", why=first_line(error)
-            ) from error
-        self._graph = graph
-        self.bytes = max(_CUDA.memory_reserved(self._device) - before, 0)
-
-    def launch(self) -> None:
-        """Queue the whole graph."""
-        if self._graph is None:
-            raise EngineError("a graph was launched after its release")
-        with torch_errors("a replayed table row"), _on_stream(self._queue):
-            self._graph.replay()
-
-    def close(self) -> None:
-        """Release it once the device is done with it."""
-        if self._graph is not None:
-            with contextlib.suppress(RuntimeError):  # of a device that has failed
-                self._queue.synchronize()
-                self._graph.reset()
-            self._graph = None
-
-
-def _new_graph() -> Any:
-    """A CUDAGraph that keeps what it was made from, where PyTorch can, so that its
-    nodes can be counted."""
-    kind = _CUDA.CUDAGraph
-    if hasattr(kind, "raw_cuda_graph") and hasattr(kind, "instantiate"):
-        return kind(keep_graph=True)
-    return kind()
-
-
-def _nodes(graph: Any) -> int:
-    """Nodes of a captured graph that was not made executable yet, and makes it so; 0
-    where nobody can count them."""
-    if not (hasattr(graph, "raw_cuda_graph") and hasattr(graph, "instantiate")):
-        return 0
-    count = 0
-    with contextlib.suppress(ImportError, ValueError, TypeError):
-        from cuda.bindings import driver
-
-        raw = driver.CUgraph(graph.raw_cuda_graph())
-        status, _, found = driver.cuGraphGetNodes(raw, 0)
-        count = int(found) if int(status) == 0 else 0
-    graph.instantiate()
-    return count
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage is collected in here: what a finaliser does to the device may not be
-    done while something is captured."""
-    was_on = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+    return on_stream(_CUDA, stream)
 
 
 def low_res_from(samples: Tensor) -> Tensor:
