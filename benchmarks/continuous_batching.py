@@ -1,21 +1,23 @@
-"""Continuous batching against fixed batches, under requests that arrive at random.
+"""Continuous batching against fixed batches: what a full queue gets, and latency.
 
-    python benchmarks/continuous_batching.py [--requests N] [--load SHARE]
+    python benchmarks/continuous_batching.py [--rounds N] [--requests N]
 
-Requests of mixed steps arrive as a Poisson process, at a share of what the engine can
-do with a full batch, measured first. Every variant gets the same trace. Fixed batches
-are of what waits when the engine is free: up to B requests, or those of a time-out. In
-the plain form all UNet rows run to the end of the longest; in the better one a sample
-that is done runs no more rows and is handed out at once. Pictures are compared with
-those made alone before anything is timed.
+Throughput is measured while the queue never runs empty: all requests of a round wait
+from the start. They have unlike steps, as people ask for drafts and for good pictures;
+every round shuffles them anew, for all variants alike. Fixed batches are of B requests
+in order of arrival. In the plain form, that of a batched sampler, all UNet rows run to
+the end of the longest; in the better one a sample that is done costs no more rows.
+Latency is measured under arrivals at random, at a share of the capacity. All variants
+use one engine, and their pictures are compared with those made alone first.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,41 +27,30 @@ import harness
 import machine
 import numpy as np
 import numpy.typing as npt
+from request_trace import SHARES, SOLVERS, Request, make_trace, mean_steps
 
-import id3pm_deploy
 from id3pm_deploy.backends.base import Engine
 from id3pm_deploy.builders.build import build_engine
-from id3pm_deploy.errors import ParityError
+from id3pm_deploy.errors import InputError, ParityError
 from id3pm_deploy.guidance import GuidanceSettings, GuidanceTable, guidance_plan
 from id3pm_deploy.identity.vectors import load_identities, normalise_identities
 from id3pm_deploy.models import Model, open_engine, open_model
 from id3pm_deploy.places import Places, Trajectory
 from id3pm_deploy.sampler import SampleJob, SeededNoise, run_trajectory
+from id3pm_deploy.serving import Front
 from id3pm_deploy.shipped import shipped_checkpoint, shipped_identities
 from id3pm_deploy.solvers import STEP_WIDTH, SolverSettings, solver_table
+from id3pm_deploy.worker import Worker
 
 Float32 = npt.NDArray[np.float32]
 
-STEPS = (10, 20, 30, 50)
-SOLVERS = ("ddpm", "ddim", "dpmpp-2m")
-SCALES = (1.0, 2.0)
+SCALE = 2.0
 CONTINUOUS = "continuous batching"
 PLAIN = "fixed batches"
 BETTER = "fixed batches, finished rows dropped"
 _PACKAGES = ("numpy", "onnxruntime")
 _CHECKED = 6
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture that somebody wants at a moment (seconds from the start)."""
-
-    at: float
-    person: int
-    steps: int
-    solver: str
-    scale: float
-    seed: int
+_BUSY = 0.1
 
 
 @dataclass(frozen=True)
@@ -67,8 +58,6 @@ class Subject:
     """The model and the people that requests are of."""
 
     model: Model
-    path: Path
-    raw: Float32
     vectors: Float32
 
     def trajectory(self, wanted: Request) -> Trajectory:
@@ -76,7 +65,7 @@ class Subject:
         settings = SolverSettings(wanted.solver, wanted.steps)
         table = solver_table(self.model.spec, settings)
         who = self.vectors[wanted.person][None]
-        plan = guidance_plan(who, GuidanceSettings(wanted.scale), table.timesteps)
+        plan = guidance_plan(who, GuidanceSettings(SCALE), table.timesteps)
         return Trajectory(table, plan, (wanted.seed, 0, 0))
 
 
@@ -84,68 +73,79 @@ Served = Callable[[Sequence[Request]], tuple[list[float], list[Float32]]]
 """Latency and picture of every request."""
 
 
-def unet_rows(wanted: Request) -> int:
-    """UNet rows of a request; all solvers here take one table row a step."""
-    return wanted.steps * (1 if wanted.scale == 1 else 2)
+@dataclass(frozen=True)
+class Way:
+    """A variant: how it serves arrivals, and its pictures a second with a full queue,
+    of requests that all wait from the start."""
+
+    serve: Served
+    saturated: Callable[[Sequence[Request]], float]
 
 
-def make_trace(count: int, per_second: float, people: int, seed: int) -> list[Request]:
-    """Requests of a Poisson process."""
-    draw = np.random.default_rng(seed)
-    times = np.cumsum(draw.exponential(1 / per_second, count))
-    return [
-        Request(
-            float(at),
-            int(draw.integers(people)),
-            int(draw.choice(STEPS)),
-            str(draw.choice(SOLVERS)),
-            float(draw.choice(SCALES)),
-            number,
-        )
-        for number, at in enumerate(times)
-    ]
+class Continuous:
+    """The product's front, which ``Sampler.submit`` uses, over the shared engine."""
 
+    def __init__(self, subject: Subject, engine: Engine, places: int) -> None:
+        self._subject, self._places = subject, places
+        self._worker = Worker()
+        self._front = Front(lambda: engine, self._worker, places, waiting=4096)
 
-def capacity(subject: Subject, engine: Engine, places: int, seconds: float) -> float:
-    """UNet rows a second with all places taken and guided."""
-    batch, numbers = Places(engine, places), iter(range(10**6))
-    rows, begun = 0, None
-    while begun is None or time.perf_counter() - begun < seconds:
-        new = [Request(0, 0, 50, "ddim", 2.0, next(numbers)) for _ in range(batch.free)]
-        batch.admit([subject.trajectory(one) for one in new])
-        batch.run()
-        rows += 2 * places
-        if begun is None and rows >= 6 * places:
-            rows, begun = 0, time.perf_counter()
-    return rows / (time.perf_counter() - begun)
+    def close(self) -> None:
+        """End its thread."""
+        self._front.close()
+        self._worker.close(lambda: None)
 
+    def serve(self, trace: Sequence[Request]) -> tuple[list[float], list[Float32]]:
+        """Submit every request when it arrives."""
 
-def continuous(subject: Subject, places: int, threads: int) -> Served:
-    """The product: ``Sampler.submit`` for every request when it arrives."""
+        async def one(wanted: Request, start: float) -> tuple[float, Float32]:
+            await asyncio.sleep(max(start + wanted.at - time.perf_counter(), 0))
+            done = await self._front.submit(self._subject.trajectory(wanted))
+            return time.perf_counter() - start - wanted.at, done.image
 
-    def serve(trace: Sequence[Request]) -> tuple[list[float], list[Float32]]:
-        given: dict[str, Any] = {"places": places, "threads": threads}
-        with id3pm_deploy.load(subject.path, **given, waiting=4096) as sampler:
+        async def main() -> list[tuple[float, Float32]]:
+            start = time.perf_counter()
+            return await asyncio.gather(*(one(wanted, start) for wanted in trace))
 
-            async def one(wanted: Request, start: float) -> tuple[float, Float32]:
-                await asyncio.sleep(max(start + wanted.at - time.perf_counter(), 0))
-                picture = await sampler.submit(
-                    subject.raw[wanted.person][None],
-                    steps=wanted.steps,
-                    solver=wanted.solver,
-                    guidance=wanted.scale,
-                    seed=wanted.seed,
-                )
-                return time.perf_counter() - start - wanted.at, picture.image
-
-            async def main() -> list[tuple[float, Float32]]:
-                start = time.perf_counter()
-                return await asyncio.gather(*(one(wanted, start) for wanted in trace))
-
-            done = asyncio.run(main())
+        done = asyncio.run(main())
         return [seconds for seconds, _ in done], [image for _, image in done]
 
-    return serve
+    def saturated(self, trace: Sequence[Request]) -> float:
+        """Up to the moment when the last of them gets a place; the rest is given up.
+
+        What the batch did meanwhile is counted in table rows of its samples, also of
+        those that are not done yet.
+        """
+        rows, seconds = asyncio.run(self._until_all_have_places(trace))
+        self._worker.call(lambda _: None)  # the engine is at rest
+        return rows / mean_steps(trace) / seconds
+
+    async def _until_all_have_places(
+        self, trace: Sequence[Request]
+    ) -> tuple[int, float]:
+        start = time.perf_counter()
+        chosen = [self._subject.trajectory(one) for one in trace]
+        tasks = [asyncio.ensure_future(self._front.submit(one)) for one in chosen]
+        ended = asyncio.as_completed(tasks)
+        for _ in range(len(trace) - self._places):
+            await next(ended)
+        found = sum(one.row for one in chosen), time.perf_counter() - start
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        return found
+
+
+def saturated_by(serve: Served) -> Callable[[Sequence[Request]], float]:
+    """Pictures a second of a variant that ends with a batch that was full."""
+
+    def rate(trace: Sequence[Request]) -> float:
+        seconds, _ = serve(trace)
+        return len(trace) / max(seconds)
+
+    return rate
 
 
 def fixed(
@@ -212,62 +212,95 @@ def _run_padded(engine: Engine, chosen: list[Trajectory]) -> Any:
     yield from images.items()
 
 
-def check(subject: Subject, engine: Engine, ways: dict[str, Served]) -> None:
+def make_ways(
+    subject: Subject, engine: Engine, front: Continuous, places: int, timeout: float
+) -> dict[str, Way]:
+    """The three variants, by name."""
+    plain = fixed(subject, engine, places, timeout, drop=False)
+    better = fixed(subject, engine, places, timeout, drop=True)
+    return {
+        CONTINUOUS: Way(front.serve, front.saturated),
+        PLAIN: Way(plain, saturated_by(plain)),
+        BETTER: Way(better, saturated_by(better)),
+    }
+
+
+def check(subject: Subject, engine: Engine, ways: Mapping[str, Way]) -> None:
     """Hold every variant's pictures against those made alone.
 
     Raises:
         ParityError: One differs.
     """
     trace = make_trace(_CHECKED, 20.0, len(subject.vectors), 99)
+    trace = [replace(one, steps=max(one.steps // 3, 3)) for one in trace]
     expected = []
     for one in trace:
         made = subject.trajectory(one)
-        who, guidance = subject.vectors[one.person][None], GuidanceSettings(one.scale)
+        who, guidance = subject.vectors[one.person][None], GuidanceSettings(SCALE)
         job = SampleJob(who, made.table, guidance, SeededNoise(one.seed))
         expected.append(run_trajectory(engine, job, [0]).images[0])
-    for name, serve in ways.items():
-        _, images = serve(trace)
+    for name, way in ways.items():
+        _, images = way.serve(trace)
         same = [np.array_equal(a, b) for a, b in zip(images, expected, strict=True)]
         if not all(same):
             raise ParityError(f"{name}: pictures differ from those made alone")
 
 
-def figures(trace: Sequence[Request], seconds: Sequence[float]) -> dict[str, float]:
-    """Throughput and latency of a variant."""
-    ends = [one.at + s for one, s in zip(trace, seconds, strict=True)]
-    p50, p95 = np.percentile(seconds, [50, 95])
-    found = {
-        "pictures_per_second": len(trace) / (max(ends) - trace[0].at),
-        "latency_p50_seconds": float(p50),
-        "latency_p95_seconds": float(p95),
-        "latency_mean_seconds": float(np.mean(seconds)),
-    }
-    return {name: float(f"{value:.5g}") for name, value in found.items()}
+def rotated(ways: Mapping[str, Way], turn: int) -> Iterator[tuple[str, Way]]:
+    """All variants, another one first in each turn."""
+    names = list(ways)
+    for i in range(len(names)):
+        name = names[(turn + i) % len(names)]
+        yield name, ways[name]
+
+
+def throughput(
+    ways: Mapping[str, Way], people: int, requests: int, rounds: int, seed: int
+) -> dict[str, list[float]]:
+    """Pictures a second of each variant with a full queue: one value a round."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds):
+        trace = make_trace(requests, np.inf, people, seed + turn)
+        for name, way in rotated(ways, turn):
+            found[name].append(way.saturated(trace))
+    return found
+
+
+def latencies(
+    ways: Mapping[str, Way], trace: Sequence[Request]
+) -> dict[str, dict[str, float]]:
+    """Seconds from arrival to picture, of one trace for all variants."""
+    found = {}
+    for name, way in ways.items():
+        seconds, _ = way.serve(trace)
+        p50, p90 = np.percentile(seconds, [50, 90])
+        values = {"p50": p50, "p90": p90, "mean": np.mean(seconds)}
+        found[name] = {
+            f"{key}_seconds": float(f"{value:.4g}") for key, value in values.items()
+        }
+    return found
 
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="[default: faces32's]")
-@click.option("--requests", default=120, show_default=True)
-@click.option("--load", default=0.9, show_default=True, help="Share of the capacity.")
+@click.option("--requests", default=16, show_default=True, help="In a round.")
+@click.option("--rounds", default=4, show_default=True, help="With a full queue.")
+@click.option("--load", default=0.3, show_default=True, help="Share, for latency.")
+@click.option("--arrivals", default=16, show_default=True, help="For latency.")
 @click.option("--places", default=8, show_default=True, help="B.")
 @click.option("--timeout", default=0.1, show_default=True, help="Seconds, to collect.")
 @click.option("--threads", default=0, help="[default: as many as usable cores]")
-@click.option("--rounds", default=1, show_default=True, help="Of the same trace.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--results", default=harness.RESULTS, type=click.Path(path_type=Path))
-def main(
-    bundle: Path | None,
-    requests: int,
-    load: float,
-    places: int,
-    timeout: float,
-    threads: int,
-    rounds: int,
-    seed: int,
-    results: Path,
-) -> None:
-    """Serve one trace of requests in three ways."""
-    threads = threads or machine.usable_cores()
+def main(bundle: Path | None, results: Path, **settings: Any) -> None:
+    """Measure throughput with a full queue, then latency under arrivals."""
+    places, requests = settings["places"], settings["requests"]
+    if requests % places or requests <= places or settings["rounds"] < 2:
+        raise InputError(
+            "requests must be a multiple of places, twice them at least, and rounds 2",
+            why="fixed batches must all be full, and an interval needs rounds",
+        )
+    settings["threads"] = settings["threads"] or machine.usable_cores()
     with TemporaryDirectory() as folder:
         if bundle is None:
             bundle = Path(folder) / "bundle"
@@ -275,52 +308,63 @@ def main(
         model = open_model(bundle)
         raw = load_identities(shipped_identities()).vectors
         vectors = normalise_identities(raw, model.spec.identity.normalisation)
-        subject = Subject(model, bundle, raw, vectors)
-        with open_engine(model, "onnxruntime", threads=threads) as engine:
-            ways = {
-                CONTINUOUS: continuous(subject, places, threads),
-                PLAIN: fixed(subject, engine, places, timeout, drop=False),
-                BETTER: fixed(subject, engine, places, timeout, drop=True),
-            }
+        subject = Subject(model, vectors)
+        with (
+            open_engine(model, "onnxruntime", threads=settings["threads"]) as engine,
+            contextlib.closing(Continuous(subject, engine, places)) as front,
+        ):
+            ways = make_ways(subject, engine, front, places, settings["timeout"])
             check(subject, engine, ways)
             watch = machine.Watch()
-            rate = capacity(subject, engine, places, 5.0)
-            mean = np.mean([unet_rows(one) for one in make_trace(10**4, 1, 1, seed)])
-            per_second = load * rate / float(mean)
-            trace = make_trace(requests, per_second, len(vectors), seed)
-            found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-            for turn in range(rounds):
-                for name in sorted(ways, reverse=bool(turn % 2)):
-                    seconds, _ = ways[name](trace)
-                    found[name].append(figures(trace, seconds))
-    _show(found, per_second)
-    settings = {
-        "requests": requests,
-        "load": load,
-        "places": places,
-        "timeout_seconds": timeout,
-        "threads": threads,
-        "seed": seed,
-        "rounds": rounds,
-        "steps": STEPS,
-        "solvers": SOLVERS,
-        "guidance": SCALES,
-        "capacity_unet_rows_per_second": round(rate, 2),
-        "arrivals_per_second": round(per_second, 4),
-    }
+            measured = _measured(ways, len(vectors), settings)
+            load = watch.stop()
+    settings = {**settings, "shares": SHARES, "solvers": SOLVERS, "scale": SCALE}
+    pictures = settings["rounds"] * requests  # of each variant
     made = harness.result(
-        "continuous_batching", requests, settings, watch.stop(), _PACKAGES, found
+        "continuous_batching", pictures, settings, load, _PACKAGES, measured
     )
+    others = made["load"]["others"]
+    if others is not None and others > _BUSY:
+        made["rounds"] = 0
+        click.echo("figures of a busy machine say nothing: not kept")
     harness.publish(made, "continuous-batching", results)
 
 
-def _show(found: dict[str, list[dict[str, float]]], per_second: float) -> None:
-    head = [f"{per_second:.2f} requests/s", "pictures/s", "p50 s", "p95 s", "mean s"]
+def _measured(
+    ways: Mapping[str, Way], people: int, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    seed = settings["seed"]
+    rates = throughput(ways, people, settings["requests"], settings["rounds"], seed)
+    ratios = {
+        name: harness.ratio_interval(rates[CONTINUOUS], rates[name])
+        for name in (PLAIN, BETTER)
+    }
     rows = []
-    for name, rounds in found.items():
-        middle = [np.median([one[key] for one in rounds]) for key in rounds[0]]
-        rows.append([name, *(f"{value:.3g}" for value in middle)])
-    harness.print_table(head, rows)
+    for name, values in rates.items():
+        times = ratios[name].text(2) if name in ratios else ""
+        rows.append([name, harness.median_interval(values).text(2), times])
+    harness.print_table(
+        ["queue always full", "pictures/s", "continuous: times as many"], rows
+    )
+    arrivals = settings["load"] * float(np.median(rates[CONTINUOUS]))
+    trace = make_trace(settings["arrivals"], arrivals, people, seed)
+    seconds = latencies(ways, trace)
+    click.echo()
+    harness.print_table(
+        [f"{arrivals:.2f} requests/s", "p50 s", "p90 s", "mean s"],
+        [[name, *(f"{v:.3g}" for v in of.values())] for name, of in seconds.items()],
+    )
+    return {
+        "pictures_per_second": {
+            name: [float(f"{value:.5g}") for value in values]
+            for name, values in rates.items()
+        },
+        "continuous_times_as_many": {
+            name: found.to_json() for name, found in ratios.items()
+        },
+        "arrivals_per_second": float(f"{arrivals:.4g}"),
+        "latency": seconds,
+    }
 
 
 if __name__ == "__main__":

@@ -222,12 +222,19 @@ class Front:
                 held.remove(one)
                 places.drop(one.trajectory)
         with self._lock:
-            self._queue = [one for one in self._queue if not self._is_over(one)]
-            heapq.heapify(self._queue)
+            kept = [one for one in self._queue if not self._is_over(one)]
+            if len(kept) < len(self._queue):
+                heapq.heapify(kept)
+                self._queue = kept
 
     def _is_over(self, request: _Request) -> bool:
+        """Asked of all who wait before every table row, so the usual case is short."""
         if self._closed is not None:
             request.settle(_again(self._closed))
+        elif request.dropped:
+            return True
+        elif request.deadline == math.inf:
+            return False
         elif (late := self._lateness(request)) > 0:
             request.settle(
                 DeadlineError(
@@ -237,7 +244,7 @@ class Front:
                     fix="allow more time or fewer steps, or send fewer requests",
                 )
             )
-        elif not request.dropped:
+        else:
             return False
         return True
 

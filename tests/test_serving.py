@@ -336,29 +336,3 @@ def test_buckets_waste_at_most_a_third() -> None:
     assert sorted(set(buckets))[:8] == [1, 2, 3, 4, 6, 8, 12, 16]
     for rows, bucket in enumerate(buckets, start=1):
         assert rows <= bucket < rows * 1.5 or rows == bucket
-
-
-def test_the_benchmark_makes_the_same_pictures_in_every_way(
-    tiny_bundle: Path, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    import continuous_batching as script
-
-    from id3pm_deploy.identity.vectors import normalise_identities
-    from id3pm_deploy.models import open_engine, open_model
-
-    model = open_model(tiny_bundle)
-    vectors = normalise_identities(VECTORS, model.spec.identity.normalisation)
-    subject = script.Subject(model, tiny_bundle, VECTORS, vectors)
-    with open_engine(model, threads=1) as engine:
-        ways = {
-            "continuous": script.continuous(subject, 4, 1),
-            "padded": script.fixed(subject, engine, 4, 0.05, drop=False),
-            "dropping": script.fixed(subject, engine, 4, 0.05, drop=True),
-        }
-        script.check(subject, engine, ways)
-        assert script.capacity(subject, engine, 2, 0.1) > 0
-    trace = script.make_trace(1000, 4.0, 5, 0)
-    assert 200 < trace[-1].at < 300
-    found = script.figures(trace[:3], [1.0, 2.0, 3.0])
-    assert found["latency_p50_seconds"] == 2.0
