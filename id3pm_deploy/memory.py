@@ -11,7 +11,7 @@ All sizes are in bytes, and are the most that one process holds at any time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -232,13 +232,16 @@ def _plan_facts(bundle: Bundle, entry: EngineEntry) -> dict[str, Any]:
     }
 
 
-def check_memory(needed: Memory, say: Callable[[str], None]) -> None:
+def check_memory(
+    needed: Memory, say: Callable[[str], None], less: Sequence[str] = ()
+) -> None:
     """Warn of a run that may not find the memory it needs, and refuse one that
     plainly cannot.
 
     Args:
         needed: The estimate.
         say: Called with the warning.
+        less: Options that would take less memory.
 
     Raises:
         EngineError: Not even :data:`PLAINLY` of it is free, swap included.
@@ -247,8 +250,8 @@ def check_memory(needed: Memory, say: Callable[[str], None]) -> None:
     if free is None or free >= needed.total:
         return
     why = f"it needs about {needed.total // MIB} MiB, {free // MIB} MiB are free"
-    fix = "use a smaller --batch-size"
-    if needed.base + max(needed.loading, needed.weights) > free:
+    fix = f"use {' or '.join(less)}"
+    if not less or needed.base + max(needed.loading, needed.weights) > free:
         fix = "end other programs, or use a smaller model"
     if free + free_swap() < PLAINLY * needed.total:
         raise EngineError(

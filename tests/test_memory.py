@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from models import tiny_model
@@ -16,8 +18,15 @@ from id3pm_deploy import memory
 from id3pm_deploy.backends.memory_limit import limit_memory
 from id3pm_deploy.bundle import open_bundle
 from id3pm_deploy.cli import main
+from id3pm_deploy.enlarging import Enlarging
 from id3pm_deploy.errors import EngineError
+from id3pm_deploy.generate import Conditions, SampleSettings
+from id3pm_deploy.guidance import GuidanceSettings
 from id3pm_deploy.memory import Memory, check_memory, graph_memory, live_numbers
+from id3pm_deploy.models import open_engine, open_model
+from id3pm_deploy.solvers import SolverSettings
+
+sample_command: Any = importlib.import_module("id3pm_deploy.commands.sample")
 
 ROOT = Path(__file__).resolve().parent.parent
 CHILD = ROOT / "benchmarks" / "memory_check_child.py"
@@ -64,6 +73,7 @@ def test_activations_grow_with_rows_and_weights_do_not(tiny_bundle: Path) -> Non
         (500, 0, True, False),
         (499, 0, False, True),
         (100, 400, True, False),
+        (349, 0, False, True),
     ],
 )
 def test_what_is_warned_of_and_what_refused(
@@ -78,8 +88,10 @@ def test_what_is_warned_of_and_what_refused(
     said: list[str] = []
     if refused:
         with pytest.raises(EngineError, match="far too little memory") as caught:
-            check_memory(NEEDED, said.append)
-        assert "--batch-size" in caught.value.fix
+            check_memory(NEEDED, said.append, ["--this", "--that"])
+        enough = NEEDED.base + NEEDED.loading <= (free or 0)
+        told = "use --this or --that" if enough else "end other programs"
+        assert caught.value.fix.startswith(told)
     else:
         check_memory(NEEDED, said.append)
     assert bool(said) == warned
@@ -96,6 +108,67 @@ def test_sample_refuses_before_it_loads(
     assert "far too little memory" in done.stderr
     assert "8 MiB are free" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def stage_of(bundle: Path, batch_size: int, guidance: GuidanceSettings) -> Enlarging:
+    """A model with settings for up to 8 samples."""
+    model = open_model(bundle)
+    solver = SolverSettings("ddim", 2)
+    settings = SampleSettings(solver, guidance, batch_size=batch_size)
+    identity = np.ones((8, model.spec.identity.dim), np.float32)
+    wanted = Conditions(identity, ("id",) * 8)
+    return Enlarging(model, lambda: open_engine(model, "onnxruntime"), settings, wanted)
+
+
+VALUES: dict[str, Any] = {"backend": "auto", "precision": None}
+SCALE_2 = GuidanceSettings(2.0)
+SEQUENTIAL = GuidanceSettings(2.0, rows="sequential")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "guidance", "rows", "less"),
+    [
+        (4, SCALE_2, 8, ["a smaller --batch-size", "--guidance-rows sequential"]),
+        (4, SEQUENTIAL, 4, ["a smaller --batch-size"]),
+        (4, GuidanceSettings(1.0), 4, ["a smaller --batch-size"]),
+        (1, SCALE_2, 2, ["--guidance-rows sequential"]),
+        (1, SEQUENTIAL, 1, []),
+        (64, SEQUENTIAL, 8, ["a smaller --batch-size"]),
+    ],
+)
+def test_what_would_take_less(
+    tiny_bundle: Path,
+    batch_size: int,
+    guidance: GuidanceSettings,
+    rows: int,
+    less: list[str],
+) -> None:
+    stage = stage_of(tiny_bundle, batch_size, guidance)
+    of = (stage.model, stage.settings, stage.wanted)
+    found = sample_command.stage_memory(*of, VALUES, "--batch-size")
+    assert found is not None
+    bundle = open_bundle(tiny_bundle)
+    graph = bundle.graph("step", "float32")
+    assert graph is not None
+    samples = min(batch_size, 8)
+    assert found == (graph_memory(bundle, graph, samples, rows), less)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 2)])
+def test_of_two_stages_the_larger_counts(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, first: int, second: int
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(memory, "check_memory", lambda *given: told.append(given))
+    base, large = (stage_of(tiny_bundle, n, SEQUENTIAL) for n in (first, second))
+    of = (base.model, base.settings, base.wanted)
+    sample_command.check_stages(*of, large, VALUES)
+    ((needed, _, less),) = told
+    bundle = open_bundle(tiny_bundle)
+    graph = bundle.graph("step", "float32")
+    assert graph is not None
+    assert needed == graph_memory(bundle, graph, 4, 4)
+    assert less == [f"a smaller --{'sr-' * (second > first)}batch-size"]
 
 
 def test_inspect_tells_it(tiny_bundle: Path) -> None:
