@@ -29,6 +29,7 @@ from .guidance import GuidanceSettings
 from .identity.vectors import IdentityFile, check_identities, normalise_identities
 from .images import PictureMark, contact_sheet, save_png, save_sheet, to_uint8
 from .models import Model
+from .presets import preset_called
 from .progress import progress
 from .sampler import (
     NO_LIMITS,
@@ -56,7 +57,8 @@ Float32 = npt.NDArray[np.float32]
 class SampleSettings:
     """How pictures are made; everything a run record needs to make them again.
 
-    ``count`` is the number of pictures of each identity.
+    ``count`` is the number of pictures of each identity. ``preset`` is the name that
+    the rest was taken from, if any; it changes nothing and stands in the record.
     """
 
     solver: SolverSettings = field(default_factory=SolverSettings)
@@ -64,6 +66,7 @@ class SampleSettings:
     seed: int = 0
     count: int = defaults.COUNT
     batch_size: int = defaults.BATCH_SIZE
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= 100_000:
@@ -80,6 +83,8 @@ class SampleSettings:
             raise InputError(
                 "the seed must be from 0 to 2**63 - 1", why=f"it is {self.seed}"
             )
+        if self.preset is not None:
+            preset_called(self.preset)
 
 
 @dataclass(frozen=True)
@@ -416,6 +421,7 @@ def run_record(
         "format_version": RECORD_VERSION,
         "tool_version": __version__,
         **own,
+        "preset": settings.preset,
         "seed": settings.seed,
         "count": settings.count,
         "machine": platform.machine(),

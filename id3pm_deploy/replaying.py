@@ -90,7 +90,8 @@ def repeat(record: Mapping[str, Any], model: Model, second: Model | None) -> Rep
         )
     try:
         samples = [(int(s["sample"]), str(s["identity"])) for s in record["samples"]]
-        shared = {"seed": record["seed"], "count": record["count"]}
+        shared = {name: record[name] for name in ("seed", "count")}
+        shared["preset"] = record.get("preset")
         own = _settings(record, model, shared)
         other = None
         if enlarged is not None and second is not None:

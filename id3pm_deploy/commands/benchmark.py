@@ -13,9 +13,9 @@ from ..defaults import PRECISIONS
 from ..errors import BenchmarkError, InputError, ParityError
 from .options import (
     PATH,
+    fit_options,
     guidance_settings,
     option,
-    own_guidance,
     sampling_options,
     say,
     solver_settings,
@@ -130,7 +130,7 @@ def _settings(ctx: click.Context, bundle: Path, values: dict[str, Any]) -> Any:
     opened = open_model(bundle)
     stage = values["stage"].replace("-", "_")
     second = opened.second_stage if stage != "base" else None
-    own_guidance(ctx, values, (second or opened).spec)
+    fit_options(ctx, values, (second or opened).spec)
     own = ("seed", "precision", "threads", "device", "trust", "replay_rows")
     of = CaseSettings(
         solver=solver_settings(values),

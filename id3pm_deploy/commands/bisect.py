@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import some_of
-from .options import PATH, option, own_guidance, sample_settings, sampling_options
+from .options import PATH, fit_options, option, sample_settings, sampling_options
 
 _COUNT = 2
 
@@ -58,7 +58,7 @@ def command(
     from ..bisect.run import bisect_to_recipe
     from ..checkpoint_config import load_spec
 
-    own_guidance(ctx, values, load_spec(checkpoint))
+    fit_options(ctx, values, load_spec(checkpoint))
     request = BisectRequest(
         checkpoint,
         recipe,

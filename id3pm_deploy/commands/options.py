@@ -21,6 +21,7 @@ from ..defaults import (
     STEPS,
     VARIANCES,
 )
+from ..presets import PRESETS, preset_called
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,6 +81,13 @@ compile_option = click.option(
 )
 
 
+replay_option = option(
+    "--replay-rows",
+    default=0,
+    help="Of GPUs: table rows in a captured graph; 0: its own choice, -1: no graphs.",
+)
+
+
 def say(text: str) -> None:
     """A line for the user, beside what the command prints."""
     click.echo(printable(text), err=True)
@@ -125,6 +133,13 @@ def sampling_options(function: F) -> F:
     made = function
     for add in reversed(
         [
+            click.option(
+                "--preset",
+                type=click.Choice(tuple(PRESETS)),
+                help="What to take where you do not say it: "
+                + "; ".join(f"{name}: {what}" for name, what in PRESETS.items())
+                + ".",
+            ),
             option("--solver", default=SOLVER, type=click.Choice(SOLVERS)),
             option(
                 "--steps",
@@ -198,14 +213,52 @@ def flags(ctx: click.Context, names: Iterable[str]) -> str:
     return ", ".join(known[name] for name in names)
 
 
-def own_guidance(ctx: click.Context, values: dict[str, Any], spec: Any) -> None:
-    """Put the guidance that fits a model in place where the user gave none."""
+def fit_options(ctx: click.Context, values: dict[str, Any], spec: Any) -> None:
+    """Put what the preset says of a model, or else the guidance that fits it, in place
+    where the user gave nothing."""
+    if values["preset"] is not None:
+        own = vars(preset_called(values["preset"]).of(spec))
+        values.update({name: own[name] for name in own if not given(ctx, name)})
+        return
     if given(ctx, "guidance"):
         return
     if spec.model.low_res_size is not None:
         values["guidance"] = SR_GUIDANCE
     if not spec.identity.dim:
         values["guidance"] = 1.0
+
+
+def second_settings(
+    ctx: click.Context, values: dict[str, Any], first: Any, spec: Any
+) -> Any:
+    """SampleSettings of a second stage, from its options and the preset.
+
+    Args:
+        ctx: Of the command.
+        values: Its options.
+        first: SampleSettings of the first stage.
+        spec: Of the second stage's model.
+    """
+    from ..guidance import GuidanceSettings
+    from ..solvers import SolverSettings
+
+    names = ("solver", "steps", "guidance")
+    own = {name: values[f"sr_{name}"] for name in names}
+    if values["preset"] is not None:
+        of_preset = vars(preset_called(values["preset"]).of(spec))
+        said = {name for name in names if given(ctx, f"sr_{name}")}
+        own = {**of_preset, **{name: own[name] for name in said}}
+    return dataclasses.replace(
+        first,
+        solver=SolverSettings(own["solver"], own["steps"]),
+        guidance=GuidanceSettings(
+            own["guidance"],
+            own.get("guidance_schedule", GUIDANCE_SCHEDULES[0]),
+            interval=own.get("guidance_interval"),
+            rows=first.guidance.rows,
+        ),
+        batch_size=values["sr_batch_size"],
+    )
 
 
 def sample_settings(values: dict[str, Any], **rest: Any) -> Any:
@@ -216,5 +269,6 @@ def sample_settings(values: dict[str, Any], **rest: Any) -> Any:
         solver=solver_settings(values),
         guidance=guidance_settings(values),
         seed=values["seed"],
+        preset=values["preset"],
         **rest,
     )

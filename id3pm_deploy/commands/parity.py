@@ -12,10 +12,10 @@ from ..defaults import BACKENDS, COUNT, PRECISIONS
 from ..errors import InputError, ParityError
 from .options import (
     PATH,
+    fit_options,
     flags,
     given,
     option,
-    own_guidance,
     rebuild_option,
     sample_settings,
     sampling_options,
@@ -163,7 +163,7 @@ def _record(
     from ..parity.run import record_to_file
 
     side, _ = _sides(model, None, values)
-    own_guidance(ctx, values, side.open_model().spec)
+    fit_options(ctx, values, side.open_model().spec)
     record_to_file(path, side, sample_settings(values, count=values["count"]))
     click.echo(f"recorded  {path}")
 
@@ -196,7 +196,7 @@ def _compare(
     tighter = Tightening(values["tolerance_step"], values["tolerance_trajectory"])
     if golden is not None:
         return golden_to_folder(out, GoldenRequest(first, golden, second, tighter))
-    own_guidance(ctx, values, first.open_model().spec)
+    fit_options(ctx, values, first.open_model().spec)
     return parity_to_folder(
         out,
         ParityRequest(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +25,15 @@ from .options import (
     PATH,
     compile_option,
     device_option,
+    fit_options,
     flags,
     given,
     option,
-    own_guidance,
     rebuild_option,
     sample_settings,
     sampling_options,
     say,
+    second_settings,
     trust_option,
 )
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from ..enlarging import Enlarging, GivenPictures
     from ..generate import Conditions, SampleSettings
     from ..identity.vectors import IdentityFile
-    from ..memory import Memory
     from ..models import Model
 
 _ENGINE = ("precision", "threads", "device", "trust", "compiled")
@@ -128,7 +127,7 @@ def command(
     from ..models import open_engine, open_model
 
     opened = open_model(model)
-    own_guidance(ctx, values, opened.spec)
+    fit_options(ctx, values, opened.spec)
     engine_options = {name: values[name] for name in _ENGINE}
     _check_whose(opened, identity, unconditional)
     file = None if identity is None else load_identities(identity)
@@ -141,7 +140,7 @@ def command(
     check_output(out, force=force)
     opened = _fresh(opened, values)
     second = _second_stage(ctx, opened, values, settings, file)
-    check_stages(opened, settings, wanted, second, values)
+    _check_memory(opened, settings, wanted, values)
     engine = open_engine(opened, values["backend"], **engine_options)
     made, record = sample_to_folder(
         out,
@@ -166,53 +165,23 @@ def command(
     )
 
 
-def check_stages(
-    model: Model,
-    settings: SampleSettings,
-    wanted: Conditions,
-    second: Enlarging | None,
-    values: dict[str, Any],
+def _check_memory(
+    model: Model, settings: SampleSettings, wanted: Conditions, values: dict[str, Any]
 ) -> None:
-    """Warn or refuse where there is too little memory to run on a CPU. Stages are
-    loaded one after the other, so what counts is the one that takes more."""
-    from ..memory import check_memory
-
-    stages = [stage_memory(model, settings, wanted, values, "--batch-size")]
-    if second is not None:
-        of = (second.model, second.settings, second.wanted)
-        stages.append(stage_memory(*of, values, "--sr-batch-size"))
-    if found := [stage for stage in stages if stage is not None]:
-        needed, less = max(found, key=lambda stage: stage[0].total)
-        check_memory(needed, say, less)
-
-
-def stage_memory(
-    model: Model,
-    settings: SampleSettings,
-    wanted: Conditions,
-    values: dict[str, Any],
-    batch_option: str,
-) -> tuple[Memory, list[str]] | None:
-    """What a stage takes, and the options that would have it take less; None where
-    the CPU does not run it from a BUNDLE."""
+    """Warn or refuse where there is too little memory to run on a CPU."""
     bundle = model.bundle
     if bundle is None or values["backend"] not in ("auto", "onnxruntime"):
-        return None
+        return
     if values["backend"] == "auto" and bundle.manifest.plans:
-        return None
-    from ..memory import graph_memory, rows_at_once
+        return
+    from ..memory import check_memory, graph_memory, rows_at_once
     from ..models import bundle_graph
 
     graph = bundle_graph(bundle, values["precision"], model.stage)
-    samples, guidance = min(settings.batch_size, len(wanted.ids)), settings.guidance
-    guided = bool(wanted.identity.any()) and any(
-        scale != 1 for scale in guidance.scales or (guidance.scale,)
-    )
-    both = guided and guidance.rows == "parallel"
+    samples = min(settings.batch_size, len(wanted.ids))
+    both = settings.guidance.rows == "parallel" and bool(wanted.identity.any())
     rows = rows_at_once(model.spec, samples, parallel=both)
-    less = [f"a smaller {batch_option}"] * (samples > 1)
-    less += ["--guidance-rows sequential"] * both
-    return graph_memory(bundle, graph, samples, rows), less
+    check_memory(graph_memory(bundle, graph, samples, rows), say)
 
 
 def _fresh(model: Model, values: dict[str, Any]) -> Model:
@@ -286,9 +255,7 @@ def _second_stage(
     """The second stage, from MODEL's own bundle or from --super-resolution."""
     from ..enlarging import Enlarging
     from ..generate import conditions
-    from ..guidance import GuidanceSettings
     from ..models import open_engine, open_second_stage
-    from ..solvers import SolverSettings
 
     path, stop = values["super_resolution"], values["stages"] == "base"
     if stop and path is not None:
@@ -305,15 +272,9 @@ def _second_stage(
         second = _fresh(second, values)
     engine_options = {name: values[name] for name in _ENGINE}
     of_whom = file if second.spec.identity.dim else None
-    settings = dataclasses.replace(
-        first,
-        solver=SolverSettings(values["sr_solver"], values["sr_steps"]),
-        guidance=GuidanceSettings(values["sr_guidance"], rows=values["guidance_rows"]),
-        batch_size=values["sr_batch_size"],
-    )
     return Enlarging(
         second,
         lambda: open_engine(second, values["backend"], **engine_options),
-        settings,
+        second_settings(ctx, values, first, second.spec),
         conditions(second.spec, of_whom, first.count),
     )
