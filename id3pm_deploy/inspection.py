@@ -139,7 +139,8 @@ def self_tests(path: Path, *, trust: bool = False) -> SelfTests:
         BundleError: It is damaged.
         ParityError: An engine computes something else than PyTorch did.
     """
-    from .models import open_engine, open_model, plan_engine
+    from .models import open_engine, open_model
+    from .plan_engines import plan_engine
     from .selftest import self_test
 
     if not is_bundle(path):

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .. import __version__
-from ..backends.base import Float32
-from ..compare import compare
 from ..errors import Id3pmError, InputError
 from ..progress import progress
-from ..selftest import load_golden
-from ..tolerances import CEILINGS
-from .case import Case, CaseSettings, check_batch_sizes, loosest, open_case
+from .case import Case, CaseSettings, check_batch_sizes, open_case
+from .checks import checked
 from .cold_start import MEMORY_METHOD, cold_start, reason_of
 from .column import Runner
-from .columns import Column, check_gpu, chosen_columns
+from .columns import check_gpu, chosen_columns
+from .live import Live
 from .machine import Watch, facts, versions
 from .operations import step_cost
 from .rates import Rates, cpu_rates, gpu_rates
-from .result import ABSENT, FAILED, FORMAT, TIMED, WRONG, measured
+from .result import ABSENT, FAILED, FORMAT, TIMED, measured
 from .rounds import Plan, Variant, turns
 
 MAX_ROUNDS = 10_000
@@ -86,42 +80,6 @@ class BenchmarkSettings:
                 )
 
 
-@dataclass
-class _Live:
-    """A column on its way through the benchmark."""
-
-    column: Column
-    runner: Runner | None = None
-    status: str = TIMED
-    reason: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
-    batches: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def ends(self, status: str, error: Exception | str) -> None:
-        """It is out, for good; what was measured before stays."""
-        self.status = status
-        self.reason = error if isinstance(error, str) else reason_of(error)
-        self.close()
-
-    def close(self) -> None:
-        """Release what it holds."""
-        runner, self.runner = self.runner, None
-        if runner is not None:
-            runner.close()
-            gc.collect()
-
-    def to_json(self) -> dict[str, Any]:
-        """For the result."""
-        return {
-            "title": self.column.title,
-            "ours": self.column.ours,
-            "status": self.status,
-            "reason": self.reason,
-            **self.facts,
-            "batches": self.batches,
-        }
-
-
 def run_benchmark(
     bundle: Path,
     checkpoint: Path | None = None,
@@ -151,7 +109,7 @@ def run_benchmark(
     of, how = of or CaseSettings(), how or BenchmarkSettings()
     chosen = chosen_columns(how.columns)
     case = open_case(bundle, checkpoint, of)
-    live = [_Live(column) for column in chosen]
+    live = [Live(column) for column in chosen]
     watch = Watch()
     try:
         _cold_starts(case, live, how, say)
@@ -160,7 +118,7 @@ def run_benchmark(
         references: dict[str, str] = {}
         for samples in how.batch_sizes:
             say(f"checking the outputs at batch size {samples}")
-            ready, reference = _checked(case, live, samples, first=not references)
+            ready, reference = checked(case, live, samples, first=not references)
             references[str(samples)] = reference
             _timed(case, ready, samples, how, rates)
     finally:
@@ -186,7 +144,7 @@ def run_benchmark(
     }
 
 
-def _settle_status(one: _Live) -> None:
+def _settle_status(one: Live) -> None:
     """A column that no batch size was timed of has failed, whatever the reason."""
     if one.status == TIMED and not any("row_ms" in b for b in one.batches.values()):
         reasons = [b["reason"] for b in one.batches.values() if "reason" in b]
@@ -217,7 +175,7 @@ def _gpus() -> list[str]:
 
 
 def _cold_starts(
-    case: Case, live: Sequence[_Live], how: BenchmarkSettings, say: Say
+    case: Case, live: Sequence[Live], how: BenchmarkSettings, say: Say
 ) -> None:
     """Cold starts, one after the other; a column that dies in its own process is not
     tried in this one."""
@@ -235,7 +193,7 @@ def _cold_starts(
         one.facts["cold_starts"] = [start.to_json() for start in found]
 
 
-def _open(case: Case, live: Sequence[_Live], say: Say) -> None:
+def _open(case: Case, live: Sequence[Live], say: Say) -> None:
     for one in live:
         if one.status != TIMED:
             continue
@@ -248,7 +206,7 @@ def _open(case: Case, live: Sequence[_Live], say: Say) -> None:
         one.facts["engine"] = one.runner.label
 
 
-def _rates(case: Case, live: Sequence[_Live], say: Say) -> dict[str, Rates]:
+def _rates(case: Case, live: Sequence[Live], say: Say) -> dict[str, Rates]:
     """What the devices of the columns can do, by ``cpu`` and ``cuda PRECISION``."""
     found: dict[str, Rates] = {}
     for one in live:
@@ -270,94 +228,9 @@ def _rate_key(runner: Runner) -> str:
     return "cpu" if runner.device == "cpu" else f"cuda {runner.precision}"
 
 
-def _checked(
-    case: Case, live: Sequence[_Live], samples: int, *, first: bool
-) -> tuple[list[_Live], str]:
-    """Those that compute the right thing at a batch size, and who they were held
-    against: the first float32 column that gives the golden step, or the first."""
-    ready: list[_Live] = []
-    reference: tuple[_Live, Float32] | None = None
-    inside = [one for one in live if one.runner is not None]
-    inside.sort(key=lambda one: _runner(one).precision != "float32")
-    for one in inside:
-        with _failures(one, samples):
-            error = _golden_error(case, one) if first else None
-            if one.runner is None:
-                continue
-            one.runner.begin(samples)
-            images = one.runner.check()
-            if not np.isfinite(images).all():
-                one.ends(WRONG, "its pictures are not finite")
-                continue
-            if reference is None:
-                reference = (one, images)
-            elif not _agrees(one, images, *reference, samples):
-                continue
-            if first:
-                one.facts["step_error"] = error
-            if one.runner.note:
-                one.facts["note"] = one.runner.note
-            ready.append(one)
-    ready.sort(key=live.index)
-    return ready, reference[0].column.name if reference else ""
-
-
-def _runner(one: _Live) -> Runner:
-    assert one.runner is not None
-    return one.runner
-
-
-@contextmanager
-def _failures(one: _Live, samples: int) -> Iterator[None]:
-    """What goes wrong at a batch size is the column's reason there."""
-    try:
-        yield
-    except Exception as error:  # out of memory, or a batch past a profile
-        one.batches[str(samples)] = {"reason": reason_of(error)}
-        gc.collect()
-
-
-def _golden_error(case: Case, one: _Live) -> float | None:
-    """The error of the bundle's golden step; past the tolerance the column ends."""
-    assert case.model.bundle is not None
-    runner = _runner(one)
-    found = runner.golden(load_golden(case.model.bundle, case.graph))
-    if found is None:
-        return None
-    kind = loosest(runner.precision, case.graph.precision)
-    allowed = CEILINGS[kind].step
-    if kind == case.graph.precision:
-        allowed = min(allowed, case.graph.tolerance_step)
-    if not found.passes(allowed):
-        one.ends(
-            WRONG,
-            "it computes another step than the bundle's golden data: relative error "
-            f"{found.max_rel:.2e}, tolerance {allowed:.0e}",
-        )
-    return found.max_rel
-
-
-def _agrees(
-    one: _Live, images: Float32, reference: _Live, expected: Float32, samples: int
-) -> bool:
-    """Whether a trajectory ends where the reference's does; otherwise it ends."""
-    found = compare(images, expected)
-    kind = loosest(_runner(one).precision, _runner(reference).precision)
-    allowed = CEILINGS[kind].trajectory
-    if found.passes(allowed):
-        one.facts.setdefault("trajectory_errors", {})[str(samples)] = found.max_rel
-        return True
-    one.ends(
-        WRONG,
-        f"its trajectory is not that of {reference.column.name}: relative error "
-        f"{found.max_rel:.2e}, tolerance {allowed:.0e}, batch size {samples}",
-    )
-    return False
-
-
 def _timed(
     case: Case,
-    ready: Sequence[_Live],
+    ready: Sequence[Live],
     samples: int,
     how: BenchmarkSettings,
     rates: dict[str, Rates],
@@ -365,7 +238,7 @@ def _timed(
     """Time the columns in turns at one batch size, and keep the figures."""
     insides: dict[str, list[list[float]]] = {}
     failed: dict[str, Exception] = {}
-    owners: dict[str, _Live] = {}
+    owners: dict[str, Live] = {}
     variants = []
     for one in ready:
         for variant in _variants(one, how, insides):
@@ -384,23 +257,23 @@ def _timed(
         if name in failed:
             one.batches[str(samples)] = {"reason": reason_of(failed[name])}
             continue
-        at_once = _runner(one).rows_in_one
+        at_once = one.inside.rows_in_one
         per_row = [[v / at_once for v in of] for of in seconds[f"{name} row"]]
         found = measured(
             per_row,
             seconds[f"{name} trajectory"],
             insides.get(name),
             samples,
-            _limit(case, _runner(one), rows, rates),
+            _limit(case, one.inside, rows, rates),
         )
         one.batches[str(samples)] = {**found, "unet_rows": rows, "at_once": at_once}
 
 
 def _variants(
-    one: _Live, how: BenchmarkSettings, insides: dict[str, list[list[float]]]
+    one: Live, how: BenchmarkSettings, insides: dict[str, list[list[float]]]
 ) -> list[Variant]:
     """A turn of single table rows, and one of a trajectory."""
-    runner, name = _runner(one), one.column.name
+    runner, name = one.inside, one.column.name
 
     def trajectory() -> None:
         runner.run_trajectory()
