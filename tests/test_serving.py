@@ -216,6 +216,24 @@ def test_what_cannot_be_in_time_fails_and_frees_its_place(sampler: Sampler) -> N
     asyncio.run(main())
 
 
+def test_who_gave_up_costs_no_more_table_rows(
+    sampler: Sampler, watched: Watched
+) -> None:
+    async def main() -> None:
+        watched.go.clear()
+        tasks = [submit(sampler, steps=400) for _ in range(PLACES + 1)]
+        await asyncio.sleep(0.1)
+        for task in tasks:
+            task.cancel()
+        watched.go.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await submit(sampler, steps=4)
+
+    asyncio.run(main())
+    # The table row that ran when they were cancelled, and the four of the other one.
+    assert 4 <= len(watched.rows) <= 6
+
+
 def test_a_full_queue_holds_submit_up(sampler: Sampler, watched: Watched) -> None:
     async def main() -> None:
         watched.go.clear()
