@@ -80,7 +80,16 @@ def test_a_preset_is_of_both_stages() -> None:
 
 
 def test_what_the_user_says_wins() -> None:
-    said = ("--steps", "7", "--solver", "ddim", "--guidance", "2.5", "--seed", "4")
+    said: tuple[str, ...] = (
+        "--steps",
+        "7",
+        "--solver",
+        "ddim",
+        "--guidance",
+        "2.5",
+        "--seed",
+        "4",
+    )
     said += ("--guidance-interval", "100", "800", "--eta", "0.5", "--clip", "0")
     first, second = resolved((*said, "--preset", "reference"), KNOWN)
     assert dataclasses.replace(first, preset=None) == resolved(said, KNOWN)[0]
@@ -160,7 +169,14 @@ def sampled(chain: tuple[Path, Path], out: Path, *arguments: Any) -> dict[str, A
     if not who.exists():
         vectors = np.ones((1, 16), np.float32)
         save_identities(who, identity_file(vectors, "test model", "0" * 64))
-    words = ("sample", chain[0], "--super-resolution", chain[1], "--identity", who)
+    words: tuple[Any, ...] = (
+        "sample",
+        chain[0],
+        "--super-resolution",
+        chain[1],
+        "--identity",
+        who,
+    )
     words += ("--out", out, "--count", 1, "--threads", 1, "--json", *arguments)
     done = CliRunner().invoke(main, [str(word) for word in words])
     assert done.exit_code == 0, done.output
@@ -172,7 +188,7 @@ def test_pictures_are_those_of_the_same_options(
     chain: tuple[Path, Path], tmp_path: Path
 ) -> None:
     record = sampled(chain, tmp_path / "a", "--preset", "fast")
-    spelled = ("--solver", "ddpm", "--steps", 12, "--guidance", 2)
+    spelled: tuple[Any, ...] = ("--solver", "ddpm", "--steps", 12, "--guidance", 2)
     spelled += ("--sr-solver", "ddpm", "--sr-steps", 20, "--sr-guidance", 1)
     plain = sampled(chain, tmp_path / "b", *spelled)
     assert (record["preset"], plain["preset"]) == ("fast", None)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ..enlarging import Enlarging, GivenPictures
     from ..generate import Conditions, SampleSettings
     from ..identity.vectors import IdentityFile
+    from ..memory import Memory
     from ..models import Model
 
 _ENGINE = ("precision", "threads", "device", "trust", "compiled")
@@ -140,7 +141,7 @@ def command(
     check_output(out, force=force)
     opened = _fresh(opened, values)
     second = _second_stage(ctx, opened, values, settings, file)
-    _check_memory(opened, settings, wanted, values)
+    check_stages(opened, settings, wanted, second, values)
     engine = open_engine(opened, values["backend"], **engine_options)
     made, record = sample_to_folder(
         out,
@@ -165,23 +166,53 @@ def command(
     )
 
 
-def _check_memory(
-    model: Model, settings: SampleSettings, wanted: Conditions, values: dict[str, Any]
+def check_stages(
+    model: Model,
+    settings: SampleSettings,
+    wanted: Conditions,
+    second: Enlarging | None,
+    values: dict[str, Any],
 ) -> None:
-    """Warn or refuse where there is too little memory to run on a CPU."""
+    """Warn or refuse where there is too little memory to run on a CPU. Stages are
+    loaded one after the other, so what counts is the one that takes more."""
+    from ..memory import check_memory
+
+    stages = [stage_memory(model, settings, wanted, values, "--batch-size")]
+    if second is not None:
+        of = (second.model, second.settings, second.wanted)
+        stages.append(stage_memory(*of, values, "--sr-batch-size"))
+    if found := [stage for stage in stages if stage is not None]:
+        needed, less = max(found, key=lambda stage: stage[0].total)
+        check_memory(needed, say, less)
+
+
+def stage_memory(
+    model: Model,
+    settings: SampleSettings,
+    wanted: Conditions,
+    values: dict[str, Any],
+    batch_option: str,
+) -> tuple[Memory, list[str]] | None:
+    """What a stage takes, and the options that would have it take less; None where
+    the CPU does not run it from a BUNDLE."""
     bundle = model.bundle
     if bundle is None or values["backend"] not in ("auto", "onnxruntime"):
-        return
+        return None
     if values["backend"] == "auto" and bundle.manifest.plans:
-        return
-    from ..memory import check_memory, graph_memory, rows_at_once
+        return None
+    from ..memory import graph_memory, rows_at_once
     from ..models import bundle_graph
 
     graph = bundle_graph(bundle, values["precision"], model.stage)
-    samples = min(settings.batch_size, len(wanted.ids))
-    both = settings.guidance.rows == "parallel" and bool(wanted.identity.any())
+    samples, guidance = min(settings.batch_size, len(wanted.ids)), settings.guidance
+    guided = bool(wanted.identity.any()) and any(
+        scale != 1 for scale in guidance.scales or (guidance.scale,)
+    )
+    both = guided and guidance.rows == "parallel"
     rows = rows_at_once(model.spec, samples, parallel=both)
-    check_memory(graph_memory(bundle, graph, samples, rows), say)
+    less = [f"a smaller {batch_option}"] * (samples > 1)
+    less += ["--guidance-rows sequential"] * both
+    return graph_memory(bundle, graph, samples, rows), less
 
 
 def _fresh(model: Model, values: dict[str, Any]) -> Model:
