@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from .options import (
     given,
     option,
     rebuild_option,
+    replay_option,
     sample_settings,
     sampling_options,
     say,
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from ..memory import Memory
     from ..models import Model
 
-_ENGINE = ("precision", "threads", "device", "trust", "compiled")
+_ENGINE = ("precision", "threads", "device", "trust", "compiled", "replay_rows")
 _SECOND = ("sr_solver", "sr_steps", "sr_guidance", "sr_batch_size")
 
 
@@ -98,8 +100,21 @@ _SECOND = ("sr_solver", "sr_steps", "sr_guidance", "sr_batch_size")
 @option("--threads", default=0, help="CPU threads; 0 leaves the runtime's choice.")
 @device_option
 @compile_option
+@replay_option
 @trust_option
 @rebuild_option
+@click.option(
+    "--replay",
+    type=PATH,
+    metavar="RECORD",
+    help="Make the pictures of an earlier run's record.json again.",
+)
+@click.option(
+    "--deadline",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Give up after so long; nothing is written then.",
+)
 @click.option("--force", is_flag=True, help="Replace an earlier run in OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run record.")
 @click.pass_context
@@ -111,6 +126,8 @@ def command(
     unconditional: bool,
     out: Path,
     low_res: Path | None,
+    replay: Path | None,
+    deadline: float | None,
     force: bool,
     as_json: bool,
     **values: Any,
@@ -126,7 +143,15 @@ def command(
     from ..generate import check_output, conditions, sample_to_folder
     from ..identity.vectors import load_identities
     from ..models import open_engine, open_model
+    from ..sampler import Limits
 
+    limits = Limits(None if deadline is None else time.monotonic() + deadline)
+    if replay is not None:
+        from .replay_run import run_again
+
+        chosen = {name: values[name] for name in (*_ENGINE, "backend")}
+        _report(run_again(ctx, replay, chosen, limits), out, as_json)
+        return
     opened = open_model(model)
     fit_options(ctx, values, opened.spec)
     engine_options = {name: values[name] for name in _ENGINE}
@@ -143,7 +168,7 @@ def command(
     second = _second_stage(ctx, opened, values, settings, file)
     check_stages(opened, settings, wanted, second, values)
     engine = open_engine(opened, values["backend"], **engine_options)
-    made, record = sample_to_folder(
+    _, record = sample_to_folder(
         out,
         opened,
         engine,
@@ -152,18 +177,23 @@ def command(
         second=second,
         given=pictures,
         force=force,
+        limits=limits,
     )
+    _report(record, out, as_json)
+
+
+def _report(record: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Print a run's record, or a line about it."""
     if as_json:
         click.echo(json.dumps(record))
         return
-    seconds = record["seconds"]
-    ran = [f"{engine.info.backend} {engine.info.version}, {engine.info.precision}"]
+    engine, seconds = record["engine"], record["seconds"]
+    ran = [f"{engine['backend']} {engine['version']}, {engine['precision']}"]
     if (enlarged := record["super_resolution"]) is not None:
         seconds += enlarged["seconds"]
         ran.append(f"enlarged in {enlarged['engine']['precision']}")
-    click.echo(
-        f"{len(made.marks)} pictures in {out} ({', '.join(ran)}, {seconds:.2f} s)"
-    )
+    count = len(record["samples"])
+    click.echo(f"{count} pictures in {out} ({', '.join(ran)}, {seconds:.2f} s)")
 
 
 def check_stages(
