@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 900
+UNREACHABLE = ("No matching distribution", "Temporary failure", "NewConnection")
+"""What pip says where it cannot get a package."""
 
 
 def find_python(version: str) -> str:
@@ -47,8 +49,7 @@ def pip_install(python: Path, *arguments: str) -> None:
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=SECONDS, check=False
     )
-    unreachable = ("No matching distribution", "Temporary failure", "NewConnection")
-    if done.returncode and any(word in done.stderr for word in unreachable):
+    if done.returncode and any(word in done.stderr for word in UNREACHABLE):
         pytest.skip(f"needs packages that pip cannot get: {done.stderr[-200:]}")
     assert done.returncode == 0, done.stderr
 

@@ -210,11 +210,12 @@ def test_settings_that_do_not_go_together() -> None:
 def test_a_failure_of_the_null_row_is_the_sample_s(monkeypatch: Any) -> None:
     job = sequential(job_of(SPEC, SolverSettings("ddim", 2), GUIDED[0]))
     guides: list[GuidanceTable] = []
-    with torch_engine(SPEC) as engine:
+    with torch_engine(SPEC) as opened:
+        engine: Any = opened
         run, guide = engine._run, engine._guide
 
         def failing(step: Float32, noise: Float32 | None) -> Float32:
-            finite = run(step, noise)
+            finite: Float32 = run(step, noise)
             if len(guides) < 2:
                 finite[2] = 0.0
             return finite

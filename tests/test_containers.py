@@ -1,12 +1,18 @@
-"""The Containerfiles: what they copy, install and run as. No image is built here."""
+"""The Containerfiles: what they copy, install and run as. No image is built here; the
+server's steps that need no image are run in a plain folder."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from device_install import UNREACHABLE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -85,3 +91,105 @@ def test_the_jetson_image_must_be_given_and_sees_its_tensorrt() -> None:
     runs = [rest for word, rest in found if word == "RUN"]
     assert any("venv --system-site-packages" in run for run in runs)
     assert not any("tensorrt" in run for run in runs)
+
+
+class PlainFolder:
+    """Runs a Containerfile's steps with a folder for its root, and this Python for
+    its base's. Users, volumes and the base itself are left to a container engine."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.root, self.steps = root, instructions(name)
+        self.folder, self.arguments = root, dict[str, str]()
+        self.environment = {**os.environ, "HOME": str(root / "home")}
+        self.entry: list[str] = []
+
+    def within(self, path: str) -> str:
+        """``path`` of the image, here; a relative one as it is."""
+        return f"{self.root}{path}" if path.startswith("/") else path
+
+    def build(self) -> None:
+        """Go through all steps."""
+        for word, rest in self.steps:
+            getattr(self, word.lower(), lambda _: None)(rest)
+
+    def arg(self, rest: str) -> None:
+        name, _, value = rest.partition("=")
+        self.arguments[name] = value
+
+    def env(self, rest: str) -> None:
+        for part in rest.split():
+            name, _, value = part.partition("=")
+            value = value.replace("$PATH", self.environment["PATH"])
+            here = ":".join(map(self._inside, value.split(":")))
+            self.environment[name] = here
+
+    def _inside(self, path: str) -> str:
+        made = path.startswith(("/opt/", "/cache"))
+        return self.within(path) if made else path
+
+    def workdir(self, rest: str) -> None:
+        self.folder = Path(self.within(rest))
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def copy(self, rest: str) -> None:
+        """From this tree, or from an earlier stage, which has the same root here."""
+        words = rest.split()
+        target = self.folder / self.within(words[-1])
+        if words[0].startswith("--from="):
+            shutil.copytree(self.within(words[1]), target)
+            return
+        for source in words[:-1]:
+            here = ROOT / source
+            if here.is_dir():
+                shutil.copytree(
+                    here, target, ignore=shutil.ignore_patterns("__pycache__")
+                )
+                continue
+            into = target / here.name if len(words) > 2 else target
+            into.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(here, into)
+
+    def run(self, rest: str) -> None:
+        """A step in the shell; not what makes users and what belongs to them."""
+        if rest.startswith(("useradd", "install --directory")):
+            return
+        for name, value in self.arguments.items():
+            rest = rest.replace(f"${{{name}}}", value)
+        inside = re.sub(r"(?<![\w./])/(opt|tmp|wheels)\b", rf"{self.root}/\1", rest)
+        done = self.call(["sh", "-c", inside])
+        if done.returncode and any(word in done.stderr for word in UNREACHABLE):
+            pytest.skip(f"needs packages that pip cannot get: {done.stderr[-200:]}")
+        assert done.returncode == 0, done.stderr
+
+    def entrypoint(self, rest: str) -> None:
+        self.entry = json.loads(rest)
+
+    def call(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        """What a command says in the image's environment."""
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+
+
+@pytest.mark.slow
+def test_the_servers_steps_install_a_tool_that_runs(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    subprocess.run([sys.executable, "-m", "venv", str(base)], check=True, timeout=300)
+    image = PlainFolder("server", tmp_path / "root")
+    image.environment["PATH"] = f"{base / 'bin'}:{os.environ['PATH']}"
+    image.build()
+    found = shutil.which(image.entry[0], path=image.environment["PATH"])
+    assert found == image.within("/opt/id3pm/bin/id3pm-deploy")
+    told = image.call([*image.entry, "--help"])
+    assert told.returncode == 0, told.stderr
+    assert "sample" in told.stdout
+    told = image.call([*image.entry, "doctor", "--json"])
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)
+    assert image.environment["XDG_CACHE_HOME"] == image.within("/cache")

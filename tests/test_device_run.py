@@ -113,3 +113,18 @@ def test_memory_is_told(device: DeviceInstall, tiny_bundle: Path) -> None:
     told = json.loads(watched(device, "inspect", tiny_bundle, "--memory", "--json"))
     (found,) = told["memory"]
     assert found["total"] > 1 << 26
+
+
+def test_benchmark(device: DeviceInstall, tiny_bundle: Path, tmp_path: Path) -> None:
+    few = ("--rounds", "2", "--batch-sizes", "1", "--row-repeats", "1")
+    told = watched(
+        device,
+        *("benchmark", tiny_bundle, *few, "--solver", "ddim", "--steps", "3"),
+        *("--out", tmp_path / "out", "--json"),
+    )
+    columns = json.loads(told)["columns"]
+    assert columns["onnxruntime"]["status"] == "timed"
+    for name in (name for name in columns if name.startswith("torch")):
+        assert columns[name]["status"] != "timed"
+        assert columns[name]["reason"]
+    assert any((tmp_path / "out").glob("*.json"))

@@ -514,7 +514,8 @@ def test_ever_changing_lengths_stay_within_the_store() -> None:
     rig = FakeRig(SHAPES, cheap)
     job = job_of("ddim", 20, GuidanceSettings(1.0))
     rng = np.random.default_rng(0)
-    with ReplayEngine(rig, 20) as engine:
+    with ReplayEngine(rig, 20) as opened:
+        engine: Any = opened
         for _ in range(12):
             count = int(rng.integers(1, 5))
             rows = np.repeat(job.table.rows[:, None], count, axis=1)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_the_benchmark_makes_the_same_pictures_in_every_way(
     ):
         ways = script.make_ways(subject, engine, front, 2, 0.05)
         script.check(subject, engine, ways)
-        trace = script.make_trace(8, float("inf"), len(vectors), 1)
+        trace = request_trace.make_trace(8, float("inf"), len(vectors), 1)
         steps, computed = [one.steps for one in trace], {}
         for name, way in ways.items():
             computed_rows.clear()
@@ -70,8 +71,8 @@ def test_the_benchmark_makes_the_same_pictures_in_every_way(
         assert computed[script.CONTINUOUS] <= 2 * sum(steps)
         found = script.throughput(ways, len(vectors), 4, 2, 0)
         assert [len(values) for values in found.values()] == [2, 2, 2]
-        found = script.latencies(ways, script.make_trace(4, 50.0, 5, 0))
-        assert all(one["p50_seconds"] > 0 for one in found.values())
+        late = script.latencies(ways, request_trace.make_trace(4, 50.0, 5, 0))
+        assert all(one["p50_seconds"] > 0 for one in late.values())
 
 
 def test_the_benchmark_counts_what_the_batch_did(
@@ -94,7 +95,7 @@ def test_the_benchmark_counts_what_the_batch_did(
         open_engine(model, threads=1) as engine,
         contextlib.closing(script.Continuous(subject, engine, 2)) as front,
     ):
-        trace = script.make_trace(6, float("inf"), len(VECTORS), 0)
+        trace = request_trace.make_trace(6, float("inf"), len(VECTORS), 0)
         rows, seconds = asyncio.run(front._until_all_have_places(trace))
         front._worker.call(lambda _: None)
     # Four are done, and the two others may have begun.
@@ -108,13 +109,17 @@ def test_the_benchmarks_trace_has_its_shares(
 ) -> None:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     import continuous_batching as script
+    import request_trace
 
-    trace = script.make_trace(1000, 4.0, 5, 0)
+    trace = request_trace.make_trace(1000, 4.0, 5, 0)
     assert 200 < trace[-1].at < 300
     steps = [one.steps for one in trace]
     assert {n: steps.count(n) for n in (10, 20, 50)} == {10: 500, 20: 300, 50: 200}
     assert steps[:10] != sorted(steps[:10])
-    assert script.mean_steps(trace) == 21.0
-    assert all(one.at == 0.0 for one in script.make_trace(16, float("inf"), 5, 0))
-    names = [[name for name, _ in script.rotated({"a": 0, "b": 1}, i)] for i in (0, 1)]
+    assert request_trace.mean_steps(trace) == 21.0
+    assert all(
+        one.at == 0.0 for one in request_trace.make_trace(16, float("inf"), 5, 0)
+    )
+    ways: Any = {"a": 0, "b": 1}
+    names = [[name for name, _ in script.rotated(ways, i)] for i in (0, 1)]
     assert names == [["a", "b"], ["b", "a"]]

@@ -164,9 +164,11 @@ def test_a_preview_survives_another_number_of_unet_rows(tiny_bundle: Path) -> No
     with stand.engine(1) as engine, stand.engine(-1) as plain:
         seen: list[list[Float32]] = [[], []]
         for one, kept in zip((engine, plain), seen, strict=True):
-            run_trajectory(
-                one, job, range(2), lambda _, o=one, k=kept: k.append(o.preview())
-            )
+
+            def keep(_: int, of: Engine = one, to: list[Float32] = kept) -> None:
+                to.append(of.preview())
+
+            run_trajectory(one, job, range(2), keep)
         for one, other in zip(*seen, strict=True):
             np.testing.assert_array_equal(one, other)
 

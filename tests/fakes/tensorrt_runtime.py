@@ -62,6 +62,12 @@ class Made:
         self.count = 0
 
 
+def make_enum(name: str, members: list[str]) -> Any:
+    """An enum as a binding has it; mypy follows none that is made from variables."""
+    make: Any = enum.Enum
+    return make(name, members)
+
+
 def make_library(driver: FakeDriver, variant: str) -> Any:
     """The module ``tensorrt`` (``10.3``, ``11.4``) or ``tensorrt_rtx`` (``rtx``)."""
     library = SimpleNamespace(
@@ -81,10 +87,10 @@ def make_library(driver: FakeDriver, variant: str) -> Any:
     )
     library.Runtime = lambda logger: Runtime(library, logger)
     if variant == "rtx":
-        names = "NONE LAZY EAGER"
         name = "DynamicShapesKernelSpecializationStrategy"
-        setattr(library, name, enum.Enum(name, names))
-        library.CudaGraphStrategy = enum.Enum("G", "DISABLED WHOLE_GRAPH_CAPTURE")
+        setattr(library, name, make_enum(name, ["NONE", "LAZY", "EAGER"]))
+        graphs = make_enum("Graphs", ["DISABLED", "WHOLE_GRAPH_CAPTURE"])
+        library.CudaGraphStrategy = graphs
     return library
 
 
@@ -130,7 +136,7 @@ class ICudaEngine:
         return False
 
     def get_weight_streaming_automatic_budget(self) -> int:
-        return min(self._library.free, int(self.streamable_weights_size))
+        return min(int(self._library.free), int(self.streamable_weights_size))
 
     @property
     def weight_streaming_budget_v2(self) -> int:
@@ -142,7 +148,7 @@ class ICudaEngine:
         self._budget = value
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self._items)[index]
+        return str(list(self._items)[index])
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT
