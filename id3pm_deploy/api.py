@@ -317,6 +317,7 @@ class Sampler:
                 identities=first.wanted.ids[chosen.start : chosen.stop],
                 pixels=made.pixels,
                 images=images,
+                on_device=made.on_device,
                 failed=made.failed,
                 marks=made.marks,
                 seconds=time.perf_counter() - begun,

@@ -26,9 +26,9 @@ Pixels = npt.NDArray[np.uint8]
 class Batch:
     """Pictures that were made together.
 
-    Arrays are NumPy's, on the host, whatever device made them; NumPy hands them on by
-    DLPack without a copy, and so does the batch itself (``torch.from_dlpack(batch)``
-    gives ``images``).
+    Arrays are NumPy's, on the host. The batch itself hands its images on by DLPack
+    without a copy, from the GPU where that has made them: ``torch.from_dlpack(batch)``
+    gives ``on_device`` where there is one, else ``images``.
 
     Attributes:
         samples: Numbers of the samples, counted over all identities.
@@ -40,6 +40,9 @@ class Batch:
         marks: What each picture says about itself, for whoever writes files.
         seconds: Wall time.
         record: How the batch was made, as in a run's ``record.json``, but ``samples``.
+        on_device: [B, C, H, W] float32 in the GPU's memory, failed ones 0; stays good
+            when the sampler is closed. None where no GPU made it, and where a second
+            stage made it in several parts.
     """
 
     samples: tuple[int, ...]
@@ -51,17 +54,22 @@ class Batch:
     seconds: float
     record: dict[str, Any] = field(repr=False)
     table: SolverTable = field(repr=False)
+    on_device: Any = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def _shared(self) -> Any:
+        return self.images if self.on_device is None else self.on_device
+
     def __dlpack__(self, **options: Any) -> Any:
-        """``images`` as a DLPack capsule, without a copy."""
-        return self.images.__dlpack__(**options)
+        """The images as a DLPack capsule, without a copy."""
+        return self._shared.__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        """Where ``images`` lie: (1, 0), the host."""
-        kind, index = self.images.__dlpack_device__()
+        """Where they lie: (1, 0) is the host, (2, 0) the first GPU."""
+        kind, index = self._shared.__dlpack_device__()
         return int(kind), int(index)
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
@@ -105,6 +113,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
         images=np.concatenate([one.images for one in batches]),
         failed=np.concatenate([one.failed for one in batches]),
         marks=sum((one.marks for one in batches), ()),
+        on_device=first.on_device if len(batches) == 1 else None,
         seconds=sum(one.seconds for one in batches),
     )
 

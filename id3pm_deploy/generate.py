@@ -138,6 +138,7 @@ class Pictures:
         failed: [n] bool.
         seconds: Wall time of the sampling alone.
         table: The solver's table.
+        on_device: The images of a single batch on its engine's device, or None.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -145,6 +146,7 @@ class Pictures:
     failed: npt.NDArray[np.bool_]
     seconds: float
     table: SolverTable
+    on_device: Any = None
 
 
 def make_pictures(

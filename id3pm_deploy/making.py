@@ -65,7 +65,8 @@ def made_batch(
         dataclasses.replace(mark, sample=number, composite=given)
         for mark, number in zip(made, batch.samples, strict=True)
     )
-    return batch.images, Pictures(pixels, marks, batch.failed, seconds, table)
+    found = batch.on_device
+    return batch.images, Pictures(pixels, marks, batch.failed, seconds, table, found)
 
 
 def enlarged_batch(
@@ -102,6 +103,7 @@ def enlarged_batch(
         base.failed | failed,
         sum(part.seconds for _, part in parts),
         plan.table,
+        parts[0][1].on_device if len(parts) == 1 else None,
     )
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -94,11 +94,14 @@ class SampleBatch:
         images: [B, C, H, W] float32, in [-1, 1] where the table clips.
         failed: [B] bool, True where a UNet row or the image was ever NaN or infinite;
             such an image must not be shown or written.
+        on_device: The images on the engine's device, if that was asked for and there
+            is one; see ``Engine.pictures_on_device``.
     """
 
     samples: tuple[int, ...]
     images: Float32
     failed: npt.NDArray[np.bool_]
+    on_device: Any = None
 
 
 @dataclass(frozen=True)

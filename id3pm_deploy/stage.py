@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -69,10 +70,9 @@ class Stage:
         """A whole job as one batch; other threads have their turn before or after."""
 
         def work(check: Callable[[], None]) -> SampleBatch:
-            samples = range(len(job.identity))
-            return run_trajectory(
-                self._entered(), job, samples, lambda _: check(), limits
-            )
+            engine, samples = self._entered(), range(len(job.identity))
+            made = run_trajectory(engine, job, samples, lambda _: check(), limits)
+            return dataclasses.replace(made, on_device=engine.pictures_on_device())
 
         return self._worker.call(work)
 

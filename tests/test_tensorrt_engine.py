@@ -6,6 +6,7 @@ something of our code's order, addresses and errors, and nothing of a GPU.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -347,6 +348,33 @@ def test_pictures_become_low_res_on_the_device(tiny_bundle: Path) -> None:
         other.shapes = stand.shapes
         base.close()
         other.close()
+    assert stand.is_clean()
+
+
+def test_pictures_are_handed_out_where_they_lie(tiny_bundle: Path) -> None:
+    """A copy that outlives the engine, with zeros where a sample failed."""
+    stand = Stand(tiny_bundle)
+    with stand.engine(3) as engine:
+        job = stand.job()
+        run_trajectory(engine, job, range(2))
+        expected = engine.state()[0]
+        array = engine.pictures_on_device()
+        engine._bad = np.array([True, False])
+        second = engine.pictures_on_device()
+    assert expected.std() > 0.1
+    assert array.__dlpack_device__() == (2, 0)
+    assert array.shape == expected.shape
+    assert not stand.is_clean(), "the memory is still there"
+    found = stand.driver.read(array.address, expected.nbytes)
+    assert found == expected.tobytes()
+    expected[0] = 0.0
+    assert stand.driver.read(second.address, expected.nbytes) == expected.tobytes()
+    capsule = array.__dlpack__()
+    del array, second
+    gc.collect()
+    assert not stand.is_clean(), "the capsule keeps it"
+    del capsule
+    gc.collect()
     assert stand.is_clean()
 
 

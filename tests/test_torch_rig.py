@@ -410,3 +410,16 @@ def test_compiled_pictures_are_the_same_to_rounding(
         assert isinstance(rows, TorchEngine)
         assert not rows.network.training
         np.testing.assert_array_equal(pictures(rows, job), found)
+
+
+def test_pictures_are_a_tensor_of_their_own() -> None:
+    job = job_of(SolverSettings("ddim", 2), GuidanceSettings(2.0))
+    engine = ReplayEngine(TorchRig(tiny_network(SPEC), SHAPES, device="cpu"), 1)
+    with engine:
+        run_trajectory(engine, job, range(2))
+        expected = engine.state()[0]
+        engine._bad = np.array([False, True])
+        found = engine.pictures_on_device()
+    expected[1] = 0.0
+    assert found.numpy().tobytes() == expected.tobytes()
+    assert expected.std() > 0.1

@@ -301,6 +301,19 @@ class Engine(ABC):
             with self._trajectory_ends_on_error():
                 self._drain()
 
+    def pictures_on_device(self) -> Any:
+        """The batch's pictures where they lie, for others to take over by DLPack.
+
+        Returns a copy, [B, C, H, W] float32, with zeros where a sample failed; it
+        stays good when the engine is closed. None where arrays are on the host, as
+        those of :meth:`state`.
+
+        Raises:
+            EngineError: No trajectory was begun.
+        """
+        failed = np.flatnonzero(self.failed_samples()).tolist()
+        return None if self.rig is None else self.rig.pictures(failed)
+
     def hand_over(self, target: Engine, first: int = 0) -> bool:
         """Give this batch's pictures to a super-resolution engine, on the device.
 

@@ -330,6 +330,32 @@ class Cuda:
         self.call("cuStreamSynchronize", 0)
         return Buffer(address, size, close)
 
+    def lasting_buffer(self, size: int) -> Buffer:
+        """Memory that stays when this is left; ``close`` releases it, in any thread.
+
+        It is not cleared, and keeps the device's primary context alive.
+
+        Raises:
+            DeviceMemoryError: There is not enough.
+        """
+        self.refuse_in_capture("allocating memory")
+        driver, device = self.driver, self.call("cuDeviceGet", self._index)
+        context = self.call("cuDevicePrimaryCtxRetain", device)
+        try:
+            handle = self.call("cuMemAlloc", max(size, 1))
+        except BaseException:
+            self.call("cuDevicePrimaryCtxRelease", device)
+            raise
+
+        def close() -> None:
+            # What fails here cannot be told to anybody.
+            driver.cuCtxPushCurrent(context)
+            driver.cuMemFree(handle)
+            driver.cuCtxPopCurrent()
+            driver.cuDevicePrimaryCtxRelease(device)
+
+        return Buffer(int(handle), size, close)
+
     def host_buffer(self, size: int) -> HostBuffer:
         """Page-locked memory of the host, which is not cleared."""
         self.refuse_in_capture("allocating memory")

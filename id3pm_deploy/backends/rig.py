@@ -153,6 +153,14 @@ class Rig(ABC):
         """
 
     @abstractmethod
+    def pictures(self, failed: Sequence[int]) -> Any:
+        """A copy of the state's slot 0, [B, C, H, W] float32, where it lies; waits.
+
+        It is another's from then on, and good after the rig is closed: an object with
+        ``__dlpack__`` and ``__dlpack_device__``. Those of ``failed`` are all zeros.
+        """
+
+    @abstractmethod
     def drain(self) -> None:
         """Wait until all that was queued is done.
 

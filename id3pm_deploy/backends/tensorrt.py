@@ -25,6 +25,8 @@ from ..optional import require
 from ..solvers import STEP_WIDTH
 from .base import STEP_OUTPUTS, EngineInfo, Float32, StepShapes, check_array
 from .cuda import Cuda, Graph, Stream
+from .device_array import CUDA, DeviceArray
+from .device_buffers import Buffer
 from .device_memory_pool import HostPool, Pool, Uploads, float32_bytes
 from .low_res import LowResKernel
 from .rig import CONSTANTS, Launchable, Rig
@@ -362,6 +364,20 @@ class TensorRtRig(Rig):
             have.stream.synchronize()
         copy: Float32 = host.array(self._shape(name), np.float32).copy()
         return copy
+
+    def pictures(self, failed: Sequence[int]) -> DeviceArray:
+        """See :class:`Rig`."""
+        have, shape = self._have, self._shape("x0")
+        size = self._bytes("x0")
+        copy = have.cuda.lasting_buffer(size)
+        array = DeviceArray(copy.address, shape, (CUDA, self._device), copy.close)
+        have.stream.copy(copy, have.pool["state"], size)
+        each = size // shape[0]
+        for sample in failed:
+            have.stream.clear(Buffer(copy.at(sample * each, each), each))
+        with self._waiting():
+            have.stream.synchronize()
+        return array
 
     def finite(self) -> list[Float32]:
         """See :class:`Rig`."""

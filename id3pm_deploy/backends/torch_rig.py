@@ -298,6 +298,18 @@ class TorchRig(Rig):
         copy: Float32 = host.numpy().copy()
         return copy
 
+    def pictures(self, failed: Sequence[int]) -> Tensor:
+        """See :class:`Rig`; a tensor."""
+        held, _ = self._sizes()
+        with self._on_queue("a copy"):
+            copy = held.state[0].clone()
+            copy[list(failed)] = 0.0
+        self.drain()
+        if copy.is_cuda:
+            # Its memory is this queue's, and may be used again once others are done.
+            copy.record_stream(torch.cuda.current_stream(copy.device))
+        return copy
+
     def finite(self) -> list[Float32]:
         """The logs since the last call; waits."""
         self._collect()

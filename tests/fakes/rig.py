@@ -366,6 +366,11 @@ class FakeRig(Rig):
         self.queue([work])
         return True
 
+    def pictures(self, failed: Sequence[int]) -> Float32:
+        copy: Float32 = self.fetch("state")[0].copy()
+        copy[list(failed)] = 0.0
+        return copy
+
     def drain(self) -> None:
         self._wait("drain")
         self.note("drain")
