@@ -207,7 +207,7 @@ def test_the_plan_is_reused_and_runs_there(device: Device, bundle: Path) -> None
     assert "build-engine" in refused.stderr
     again = device.run(*arguments, "--rebuild-if-stale")
     assert "building it again" in again.stderr
-    assert "no NVIDIA driver" in again.stderr
+    assert "cuda.bindings" in again.stderr, "it is built, and lacks what runs it"
     assert plan_of(bundle).multiprocessors == 16
 
 
