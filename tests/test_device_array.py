@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from torch.utils.dlpack import from_dlpack
 
 import id3pm_deploy
 from id3pm_deploy.backends import device_array
@@ -31,7 +31,7 @@ def array_over(memory: Any, closed: list[str]) -> DeviceArray:
     return DeviceArray(address, (2, 3, 4), (HOST, 0), lambda: closed.append("closed"))
 
 
-@pytest.mark.parametrize("take", [np.from_dlpack, torch.from_dlpack])
+@pytest.mark.parametrize("take", [np.from_dlpack, from_dlpack])
 def test_a_consumer_shares_the_memory_and_keeps_it(
     memory: Any, closed: list[str], take: Any
 ) -> None:
@@ -86,7 +86,7 @@ def test_a_batch_hands_on_what_lies_on_its_device(
     with id3pm_deploy.load(tiny_bundle, "onnxruntime") as sampler:
         (batch,) = sampler.sample(None, count=2, guidance=1.0, steps=2)
     assert isinstance(batch.on_device, DeviceArray)
-    found = torch.from_dlpack(batch).numpy()
+    found = from_dlpack(batch).numpy()
     assert found.tobytes() == batch.images.tobytes()
     monkeypatch.undo()
     with id3pm_deploy.load(tiny_bundle, "onnxruntime") as sampler:

@@ -125,17 +125,19 @@ _pointer.restype = ctypes.c_void_p
 _pointer.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-def _delete(managed: int) -> None:
+def _let_go(managed: int) -> None:
     """Called by the consumer when it is done."""
     _shared.pop(managed, None)
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-def _drop(capsule: int) -> None:
+def _drop_capsule(capsule: int) -> None:
     """A capsule goes; one that a consumer took has another name by then."""
     if _is_valid(capsule, _NAME):
         _shared.pop(_pointer(capsule, _NAME), None)
+
+
+_callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_delete, _drop = _callback(_let_go), _callback(_drop_capsule)
 
 
 def _capsule(
