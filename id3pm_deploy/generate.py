@@ -23,7 +23,7 @@ from .enlarging import (
     enlarged_mark,
     noise_stage,
 )
-from .errors import IdentityError, InputError, NonFiniteError, OutputError
+from .errors import IdentityError, InputError, NonFiniteError
 from .files import make_folder, write_json
 from .guidance import GuidanceSettings
 from .identity.vectors import IdentityFile, check_identities, normalise_identities
@@ -41,7 +41,7 @@ from .sampler import (
 )
 from .solvers import SolverSettings, SolverTable, solver_table
 from .spec import DiffusionSpec
-from .staging import staged_folder
+from .staging import check_folder, staged_folder
 
 RECORD_NAME = "record.json"
 SHEET_NAME = "sheet.png"
@@ -325,25 +325,7 @@ def check_output(out: Path, *, force: bool) -> None:
         InputError: It exists, is not empty, and may not be replaced.
         OutputError: It cannot be made.
     """
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file", fix="choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        if not is_run(out):
-            raise InputError(
-                f"{out} is not empty and no earlier run's folder",
-                fix="choose another --out",
-            )
-        if not force:
-            raise InputError(
-                f"{out} is not empty", fix="choose another --out, or give --force"
-            )
-    there = next(p for p in Path(os.path.abspath(out)).parents if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"cannot write {out}",
-            why=f"{there} is not a folder you may write to",
-            fix="choose another --out",
-        )
+    check_folder(out, is_run, "run", force=force)
 
 
 def is_run(folder: Path) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .errors import InputError, OutputError
 from .files import remove, temporary_folder
 
 _EXCHANGE = 2
@@ -78,3 +79,39 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_folder(
+    out: Path, is_ours: Callable[[Path], bool], kind: str, *, force: bool
+) -> None:
+    """Refuse an output folder before any work is done.
+
+    Args:
+        out: The folder; new, empty, or with ``force`` an earlier one.
+        is_ours: Whether a folder holds what an earlier command of this kind wrote.
+        kind: What such a folder is of, for messages.
+        force: Whether an earlier one may be replaced.
+
+    Raises:
+        InputError: It is not empty, and may not be replaced.
+        OutputError: It cannot be made.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file", fix="choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        if not is_ours(out):
+            raise InputError(
+                f"{out} is not empty and no earlier {kind}'s folder",
+                fix="choose another --out",
+            )
+        if not force:
+            raise InputError(
+                f"{out} is not empty", fix="choose another --out, or give --force"
+            )
+    there = next(p for p in Path(os.path.abspath(out)).parents if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"cannot write {out}",
+            why=f"{there} is not a folder you may write to",
+            fix="choose another --out",
+        )

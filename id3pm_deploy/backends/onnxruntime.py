@@ -7,7 +7,7 @@ so nothing is allocated or copied between steps, not even where guidance changes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +124,26 @@ class _RowBuffers:
         ]
 
     def _bind(self, session: Any, state: Any, state_next: Any) -> Any:
-        binding = session.io_binding()
-        inputs = {**self.values, "state": state}
-        outputs = {**self.values, "state_next": state_next}
-        known = {item.name for item in session.get_inputs()}
-        for name in self.names:
-            if name in known:
-                binding.bind_ortvalue_input(name, inputs[name])
-        for name in STEP_OUTPUTS:
-            binding.bind_ortvalue_output(name, outputs[name])
-        return binding
+        arrays = {**self.values, "state": state, "state_next": state_next}
+        return bind_step(session, self.names, arrays)
+
+
+def bind_step(session: Any, inputs: Sequence[str], arrays: Mapping[str, Any]) -> Any:
+    """A binding of a step graph's session to OrtValues.
+
+    Args:
+        session: Of the graph, which may lack an input that it does not use.
+        inputs: Names of the model's inputs.
+        arrays: Inputs and outputs by their names.
+    """
+    binding = session.io_binding()
+    known = {item.name for item in session.get_inputs()}
+    for name in inputs:
+        if name in known:
+            binding.bind_ortvalue_input(name, arrays[name])
+    for name in STEP_OUTPUTS:
+        binding.bind_ortvalue_output(name, arrays[name])
+    return binding
 
 
 def _value_over(array: Any) -> Any:

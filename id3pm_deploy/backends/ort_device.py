@@ -20,7 +20,6 @@ from ..errors import EngineError, first_line
 from ..guidance import GuidanceTable
 from ..optional import require
 from .base import (
-    STEP_OUTPUTS,
     EngineInfo,
     Float32,
     RowEngine,
@@ -28,7 +27,7 @@ from .base import (
     check_array,
     empty_state,
 )
-from .onnxruntime import check_graph_inputs, graph_step_width, make_session
+from .onnxruntime import bind_step, check_graph_inputs, graph_step_width, make_session
 from .ort_providers import BACKENDS, Target, check_available, check_in_use, providers
 
 _LOG = logging.getLogger("id3pm_deploy")
@@ -223,14 +222,7 @@ class OnnxDeviceEngine(RowEngine):
 
     def bound(self, arrays: dict[str, Any]) -> Any:
         """A binding of the session to these arrays."""
-        binding = self._session.io_binding()
-        known = {item.name for item in self._session.get_inputs()}
-        for name in self.shapes.inputs:
-            if name in known:
-                binding.bind_ortvalue_input(name, arrays[name])
-        for name in STEP_OUTPUTS:
-            binding.bind_ortvalue_output(name, arrays[name])
-        return binding
+        return bind_step(self._session, self.shapes.inputs, arrays)
 
     def next_number(self) -> int:
         """A number for a graph that no other has: a captured one must never meet

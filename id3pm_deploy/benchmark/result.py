@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, OutputError
+from ..errors import InputError
 from ..files import make_folder, write_json, write_text
-from ..staging import staged_folder
+from ..staging import check_folder, staged_folder
 from ..versioned_json import JsonFormat
 from .rounds import PERCENTILES, Interval, median_interval, percentile_interval
 
@@ -163,25 +163,11 @@ def check_out(out: Path, *, force: bool) -> None:
         InputError: It is not empty, and may not be replaced.
         OutputError: It cannot be made.
     """
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file", fix="choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / JSON_NAME).is_file():
-            raise InputError(
-                f"{out} is not empty and no earlier benchmark's folder",
-                fix="choose another --out",
-            )
-        if not force:
-            raise InputError(
-                f"{out} is not empty", fix="choose another --out, or give --force"
-            )
-    there = next(p for p in Path(os.path.abspath(out)).parents if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"cannot write {out}",
-            why=f"{there} is not a folder you may write to",
-            fix="choose another --out",
-        )
+    check_folder(out, _is_benchmark, "benchmark", force=force)
+
+
+def _is_benchmark(folder: Path) -> bool:
+    return (folder / JSON_NAME).is_file()
 
 
 def save_result(
