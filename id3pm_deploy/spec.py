@@ -7,16 +7,21 @@ all of it is written down and none of it is inferred.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, InputError, some_of
 
 PredictionType = Literal["epsilon", "x0", "v"]
 Normalisation = Literal["raw", "unit", "unit_sqrt_dim"]
 
 MAX_PICTURE = 1 << 22
 """1024 x 1024 pixels of four channels; a sampler holds a dozen such arrays each."""
+
+_MAX_WORD = 64
+_MAX_CATEGORIES = 1000
+_MAX_CONDITION = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,61 @@ NO_IDENTITY = IdentitySpec(0, "", None, "raw")
 
 
 @dataclass(frozen=True)
+class AttributeSpec:
+    """An attribute of faces that conditions the model beside identity.
+
+    Attributes:
+        name: As ``age``; what people write before the "=" of ``age=30``.
+        kind: ``numeric``, a number from ``low`` to ``high``, or ``categorical``, one
+            of ``categories``.
+        low, high: The range of a numeric attribute; None for a categorical one.
+        categories: At least two of a categorical attribute; none of a numeric one.
+    """
+
+    name: str
+    kind: Literal["numeric", "categorical"]
+    low: float | None = None
+    high: float | None = None
+    categories: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        problem = ""
+        if not all(map(_is_word, (self.name, *self.categories))):
+            problem = f"names are 1 to {_MAX_WORD} printable characters without '='"
+        elif self.kind == "numeric":
+            problem = self._numeric_problem()
+        elif self.low is not None or self.high is not None:
+            problem = "a categorical one has no range"
+        elif not 2 <= len(self.categories) <= _MAX_CATEGORIES:
+            problem = f"it must have from 2 to {_MAX_CATEGORIES} categories"
+        elif len(set(self.categories)) != len(self.categories):
+            problem = "a category is there twice"
+        if problem:
+            raise CheckpointError(
+                f"the attribute {self.name!r:.80} cannot be used", why=problem
+            )
+
+    def _numeric_problem(self) -> str:
+        low, high = self.low, self.high
+        if self.categories:
+            return "a numeric one has no categories"
+        if low is None or high is None or not math.isfinite(high - low) or low >= high:
+            return f"its range must be two numbers, low before high, not {low}, {high}"
+        return ""
+
+    @property
+    def columns(self) -> int:
+        """How many numbers of the condition it takes (``attributes.py``)."""
+        return 2 if self.kind == "numeric" else len(self.categories)
+
+
+def _is_word(text: str) -> bool:
+    """Whether it can stand on either side of NAME=VALUE."""
+    plain = text.isprintable() and text == text.strip() and "=" not in text
+    return plain and 0 < len(text) <= _MAX_WORD
+
+
+@dataclass(frozen=True)
 class DiffusionSpec:
     """Everything that fixes the function a checkpoint or a bundle computes."""
 
@@ -184,10 +244,34 @@ class DiffusionSpec:
     prediction_type: PredictionType = "epsilon"
     title: str = ""
     origin: dict[str, Any] = field(default_factory=dict)
+    attributes: tuple[AttributeSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [one.name for one in self.attributes]
+        if len(set(names)) != len(names):
+            raise CheckpointError(
+                "two of the model's attributes have the same name",
+                why=f"they are {some_of(names)}",
+            )
+        if self.condition_dim > _MAX_CONDITION:
+            raise CheckpointError(
+                f"identity and attributes have more than {_MAX_CONDITION} numbers",
+                why=f"they have {self.condition_dim}",
+            )
+
+    @property
+    def condition_dim(self) -> int:
+        """Numbers of one condition: an identity vector, then the attributes' columns.
+        0 is a model without any."""
+        return self.identity.dim + sum(one.columns for one in self.attributes)
 
     def to_json(self) -> dict[str, Any]:
-        """The same facts as plain JSON values."""
-        return dataclasses.asdict(self)
+        """The same facts as plain JSON values; ``attributes`` only where there are
+        some, so that what has none is written as it always was."""
+        values = dataclasses.asdict(self)
+        if not self.attributes:
+            del values["attributes"]
+        return values
 
     def function(self) -> DiffusionSpec:
         """The facts that fix what is computed: these, without title and origin."""
@@ -204,7 +288,7 @@ def check_chain(base: DiffusionSpec, second: DiffusionSpec) -> None:
 
     Raises:
         InputError: The second one does not enlarge, the first one does, or sizes,
-            channels or FR models differ.
+            channels, FR models or attributes differ.
     """
     small, large = base.model, second.model
     what, why = "", ""
@@ -221,6 +305,10 @@ def check_chain(base: DiffusionSpec, second: DiffusionSpec) -> None:
     elif second.identity.dim and _whose(second) != _whose(base):
         what = "the two stages take identities of different FR models"
         why = f"{_whose(base)} and {_whose(second)}"
+    elif not set(second.attributes) <= set(base.attributes):
+        what = "the second stage takes attributes that the base does not"
+        others = [one for one in second.attributes if one not in base.attributes]
+        why = f"{some_of([one.name for one in others])}, or of other values"
     if what:
         raise InputError(what, why=why, fix="give two models of one chain")
 
@@ -233,7 +321,7 @@ def _whose(spec: DiffusionSpec) -> tuple[object, ...]:
 
 def _flat(spec: DiffusionSpec) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for name, value in spec.to_json().items():
+    for name, value in dataclasses.asdict(spec).items():
         parts = value if isinstance(value, dict) else {"": value}
         flat |= {f"{name}.{part}".strip("."): item for part, item in parts.items()}
     return flat
