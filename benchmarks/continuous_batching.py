@@ -66,7 +66,7 @@ class Subject:
         table = solver_table(self.model.spec, settings)
         who = self.vectors[wanted.person][None]
         plan = guidance_plan(who, GuidanceSettings(SCALE), table.timesteps)
-        return Trajectory(table, plan, (wanted.seed, 0, 0))
+        return Trajectory(table, plan, SeededNoise(wanted.seed))
 
 
 Served = Callable[[Sequence[Request]], tuple[list[float], list[Float32]]]
@@ -203,8 +203,7 @@ def _run_padded(engine: Engine, chosen: list[Trajectory]) -> Any:
             if j < len(one.rows):
                 step[i] = one.rows[j]
                 if one.table.stochastic[j]:
-                    seed = SeededNoise(one.address[0])
-                    noise[i] = seed.row(j, [0], shape)[0]
+                    noise[i] = one.noise.row(j, [0], shape)[0]
         engine.run_row(step, noise)
         for i, one in enumerate(chosen):
             if j + 1 == len(one.rows):

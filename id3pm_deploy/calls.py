@@ -2,7 +2,8 @@
 
 Most table rows of a solver are one call. With sequential guidance rows a guided one is
 two, of B UNet rows each in place of one of 2B: the first leaves the null identity's
-share of the prediction in the state's last slot, the second adds it to its own.
+share of the prediction in the state's last slot, the second adds it to its own. Where
+the unguided prediction is made of several identities, there is a first call for each.
 """
 
 from __future__ import annotations
@@ -70,35 +71,36 @@ def engine_calls(
         sequential: Run the UNet rows of a guided table row one after the other.
 
     Raises:
-        InputError: Sequential rows of a solver that uses the state's last slot.
+        InputError: Sequential rows of a solver that uses the state's last slot, or of
+            a blend.
     """
-    count = len(rows)
     split = {
         i: _split(table)
         for i, table in enumerate(plan.tables)
         if sequential and table.unet_rows > table.samples
     }
-    guided = np.array([i in split for i in plan.index.tolist()], dtype=np.bool_)
-    if guided.any() and _uses_last_slot(rows):
+    if split and _uses_last_slot(rows):
         raise InputError(
             "this solver cannot be guided with sequential rows",
             why="it uses all slots of the state, and one has to hold the prediction "
             "without identity",
             fix="use another solver, or parallel guidance rows",
         )
-    tables = [split[i][1] if i in split else t for i, t in enumerate(plan.tables)]
-    of_null = {i: len(tables) + k for k, i in enumerate(split)}
-    tables += [null for null, _ in split.values()]
-    times = np.where(guided, 2, 1)
-    solver_row = np.repeat(np.arange(count), times)
-    last = np.ones(len(solver_row), dtype=np.bool_)
-    last[np.flatnonzero(np.diff(solver_row) == 0)] = False
+    tables: list[GuidanceTable] = []
+    places: list[range] = []
+    for i, table in enumerate(plan.tables):
+        parts = split.get(i, [table])
+        places.append(range(len(tables), len(tables) + len(parts)))
+        tables += parts
+    calls = [(j, call) for j, i in enumerate(plan.index) for call in places[i]]
+    solver_row = np.array([j for j, _ in calls], np.intp)
+    last = np.append(np.diff(solver_row) != 0, True)
+    first = np.append(True, last[:-1])
     made = rows[solver_row]
-    made[last & guided[solver_row], CARRY_COLUMN] = 1.0
     for k in np.flatnonzero(~last):
         made[k] = _null_row(made[k])
-    guidance = plan.index[solver_row].astype(np.intp)
-    guidance[~last] = [of_null[i] for i in guidance[~last].tolist()]
+    made[~first, CARRY_COLUMN] = 1.0
+    guidance = np.array([call for _, call in calls], np.intp)
     noisy = stochastic[solver_row] & last
     return EngineCalls(made, tuple(tables), guidance, solver_row, noisy, last)
 
@@ -121,16 +123,31 @@ def _null_row(row: Float32) -> Float32:
     return made
 
 
-def _split(table: GuidanceTable) -> tuple[GuidanceTable, GuidanceTable]:
-    """A guided table as two of B UNet rows each: the null identity's weights, which
-    are 0 for samples that are not guided, and all other weights."""
+def _split(table: GuidanceTable) -> list[GuidanceTable]:
+    """A guided table as several of B UNet rows each, whose weights are 0 for samples
+    that need none: of the null identity, of each further one, and of the own last.
+
+    Raises:
+        InputError: Another row than its own has a part in a sample's blend.
+    """
     count = table.samples
     own, extra = table.row[:count], table.row[count:]
-    assert not table.mix[1, :, count:].any(), "GuidanceSettings refuses this"
-    null = np.zeros((2, count, count), np.float32)
-    null[0, extra, extra] = table.mix[0, extra, count + np.arange(len(extra))]
-    first = GuidanceTable(own, np.zeros_like(table.identity[:count]), null)
-    second = GuidanceTable(
-        own, table.identity[:count], np.ascontiguousarray(table.mix[:, :, :count])
-    )
-    return first, second
+    if table.mix[1, :, count:].any():
+        raise InputError(
+            "blends cannot be made with sequential guidance rows",
+            why="one slot of the state holds the unguided prediction, and none is left "
+            "for the blend",
+            fix="use parallel guidance rows",
+        )
+    tables = []
+    nth = np.array([(extra[:r] == one).sum() for r, one in enumerate(extra)], np.intp)
+    for n in range(int(nth.max()) + 1):
+        chosen = count + np.flatnonzero(nth == n)
+        samples = table.row[chosen]
+        identity = np.zeros_like(table.identity[:count])
+        identity[samples] = table.identity[chosen]
+        mix = np.zeros((2, count, count), np.float32)
+        mix[0, samples, samples] = table.mix[0, samples, chosen]
+        tables.append(GuidanceTable(own, identity, mix))
+    mix = np.ascontiguousarray(table.mix[:, :, :count])
+    return [*tables, GuidanceTable(own, table.identity[:count], mix)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,36 @@ class GuidanceTable:
     def unet_rows(self) -> int:
         """R."""
         return len(self.row)
+
+
+@dataclass(frozen=True)
+class Others:
+    """Further identity vectors of B samples, V of each beside its own.
+
+    The conditional prediction is that of the blend, and guidance leads away from the
+    unguided one, which need not be the null identity's:
+
+        cond     = (1 - Σ_v blend_v)·own + Σ_v blend_v·other_v
+        unguided = (1 - Σ_v negative_v)·null + Σ_v negative_v·other_v
+        guided   = unguided + s·(cond - unguided)
+
+    With one negative of share 1 that is the negative prompt of text models; blends are
+    the conjunction of Liu et al. 2022 (eq. 11), with weights that add up to s.
+
+    Attributes:
+        identity: [B, V, D] float32, normalised.
+        blend: [B, V] float64, shares of the blend; a sample's own vector has the rest.
+        negative: [B, V] float64, shares of the unguided prediction; null has the rest.
+    """
+
+    identity: Float32
+    blend: Float64
+    negative: Float64
+
+    def of(self, samples: Sequence[int]) -> Others:
+        """Those of some samples."""
+        chosen = list(samples)
+        return Others(self.identity[chosen], self.blend[chosen], self.negative[chosen])
 
 
 SCHEDULES: dict[str, Callable[[Float64], Float64]] = {
@@ -218,7 +248,12 @@ def _progress(times: Float64) -> Float64:
 
 
 def guidance_plan(
-    identity: Float32, settings: GuidanceSettings, timesteps: npt.NDArray[np.float64]
+    identity: Float32,
+    settings: GuidanceSettings,
+    timesteps: npt.NDArray[np.float64],
+    *,
+    others: Others | None = None,
+    moved: Float32 | None = None,
 ) -> GuidancePlan:
     """Guidance of a batch over a trajectory.
 
@@ -229,6 +264,9 @@ def guidance_plan(
         identity: [B, D] float32, normalised; a zero row makes an unconditional sample.
         settings: What to do.
         timesteps: [N], training timesteps of the table rows, first executed first.
+        others: Further identities of the samples.
+        moved: [N, B, D] float32, what each table row sees in place of ``identity``,
+            where that moves; unconditional samples stay so.
 
     Raises:
         InputError: See :func:`guidance_scales`; or the model has no identity (D = 0)
@@ -242,29 +280,49 @@ def guidance_plan(
             fix="use the scale 1",
         )
     rescale = np.where(scales == 1, 0, settings.rescale).astype(np.float32)
-    if not identity.any():
+    if not identity.any() and others is None:
         scales = np.ones_like(scales)
-    distinct, index = np.unique(scales, return_inverse=True)
-    guided = settings.guide_variance
-    tables: dict[int, GuidanceTable] = {}
+    made: dict[tuple[float, bytes], int] = {}
+    tables: list[GuidanceTable] = []
+    index = np.zeros(len(scales), np.intp)
+    for j, scale in enumerate(scales.tolist()):
+        own = identity if moved is None else np.ascontiguousarray(moved[j])
+        key = scale, b"" if moved is None else own.tobytes()
+        if key not in made:
+            made[key] = len(tables)
+            tables.append(
+                guidance_table(
+                    own, scale, guide_variance=settings.guide_variance, others=others
+                )
+            )
+        index[j] = made[key]
+    return GuidancePlan(_sharing(tables), index, rescale)
+
+
+def _sharing(tables: Sequence[GuidanceTable]) -> tuple[GuidanceTable, ...]:
+    """The same tables, which hold what several of them have in common only once: those
+    of different scales differ in their mix only."""
+    first: dict[tuple[bytes, bytes], GuidanceTable] = {}
     shared = []
-    for scale in distinct.tolist():
-        table = guidance_table(identity, scale, guide_variance=guided)
-        # Tables of as many UNet rows differ in their mix only.
-        first = tables.setdefault(table.unet_rows, table)
-        shared.append(
-            dataclasses.replace(table, row=first.row, identity=first.identity)
-        )
-    return GuidancePlan(tuple(shared), index, rescale)
+    for table in tables:
+        key = table.row.tobytes(), table.identity.tobytes()
+        same = first.setdefault(key, table)
+        shared.append(dataclasses.replace(table, row=same.row, identity=same.identity))
+    return tuple(shared)
 
 
 def guidance_table(
-    identity: Float32, scale: float, *, guide_variance: bool = False
+    identity: Float32,
+    scale: float,
+    *,
+    guide_variance: bool = False,
+    others: Others | None = None,
 ) -> GuidanceTable:
     """Classifier-free guidance: null + s·(id - null) (Ho & Salimans 2022, eq. 6).
 
     An unconditional sample, and every sample at scale 1, needs one UNet row only. It
     gets one whatever shares its batch, so that the batch cannot change its picture.
+    Others cost a row each where they weigh anything.
 
     Args:
         identity: [B, D] float32, normalised; a zero row makes an unconditional sample.
@@ -272,6 +330,7 @@ def guidance_table(
         guide_variance: Guide learned variance channels too, as the ID3PM
             re-implementation does; otherwise the conditional branch's are taken, as
             GLIDE does.
+        others: Further identities of the samples.
 
     Raises:
         InputError: The scale is not a finite number from 0 to 100.
@@ -279,14 +338,27 @@ def guidance_table(
     _check_scale(scale)
     count = len(identity)
     own = np.arange(count, dtype=np.int32)
-    guided = identity.any(axis=1) & (scale != 1.0)
-    null = own[guided]
-    plain = np.eye(count, count + len(null), dtype=np.float32)
-    mixed = plain.copy()
-    mixed[null, null] = scale
-    mixed[null, count + np.arange(len(null))] = 1 - scale
-    return GuidanceTable(
-        row=np.concatenate([own, null]),
-        identity=np.concatenate([identity, np.zeros_like(identity[guided])]),
-        mix=np.stack([mixed, mixed if guide_variance else plain]),
-    )
+    cond, null = np.ones(count), np.ones(count)
+    if others is not None:
+        cond = cond - others.blend.sum(axis=1)
+        null = null - others.negative.sum(axis=1)
+    away = np.float64(1 - scale) * null
+    # What has no identity of its own is predicted by its own row.
+    nobody = ~identity.any(axis=1)
+    guided = np.flatnonzero(~nobody & (away != 0))
+    rows, vectors = [own, own[guided]], [identity, np.zeros_like(identity[guided])]
+    weights = [scale * cond + np.where(nobody, away, 0), away[guided]]
+    plain = [cond, np.zeros(len(guided))]
+    if others is not None:
+        mixed = scale * others.blend + (1 - scale) * others.negative
+        who, which = np.nonzero((mixed != 0) | (others.blend != 0))
+        rows.append(who.astype(np.int32))
+        vectors.append(others.identity[who, which])
+        weights.append(mixed[who, which])
+        plain.append(others.blend[who, which])
+    row = np.concatenate(rows)
+    mix = np.zeros((2, count, len(row)), np.float32)
+    at = np.arange(len(row))
+    mix[0, row, at] = np.concatenate(weights)
+    mix[1, row, at] = np.concatenate(weights if guide_variance else plain)
+    return GuidanceTable(row, np.concatenate(vectors), mix)

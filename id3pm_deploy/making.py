@@ -132,9 +132,9 @@ async def served(
     """One picture through the stage's front."""
     table, settings = plan.table, plan.settings
     guidance = guidance_plan(plan.wanted.identity, settings.guidance, table.timesteps)
-    address = (settings.seed, sample, noise_stage(stage.model.spec))
+    noise = SeededNoise(settings.seed, noise_stage(stage.model.spec))
     small = None if low_res is None else low_res[0]
-    trajectory = Trajectory(table, guidance, address, small)
+    trajectory = Trajectory(table, guidance, noise, sample, small)
     done = await stage.front.submit(trajectory, deadline)
     (mark,) = picture_marks(stage.engine, stage.model, settings, 1)
     return finished_picture(done, dataclasses.replace(mark, sample=sample))

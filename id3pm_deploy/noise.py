@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,10 @@ from .errors import InputError
 Float32 = npt.NDArray[np.float32]
 BASE_STAGE, SUPER_RESOLUTION_STAGE = 0, 1
 """Stages of a chain, so that its two models never see the same noise."""
+CONDITION_STAGES = 2
+"""Added to a stage: the noise of conditions that move."""
+_VARIATIONS = 4
+"""Stages of a variation of all of these, which follow each other."""
 _MAX_WORD = 1 << 64
 
 
@@ -69,3 +74,54 @@ def batch_normals(
 ) -> Float32:
     """:func:`normals` of several samples, stacked: [len(samples), *shape]."""
     return np.stack([normals(seed, i, stage, draw, shape) for i in samples])
+
+
+@dataclass(frozen=True)
+class NoiseAddress:
+    """Whose noise a picture takes, and how much of it is exchanged for other noise.
+
+    Attributes:
+        sample: Number of the sample.
+        variation: 0 is that sample's noise, 1 is fresh noise; see
+            :func:`varied_normals`.
+        variant: Which fresh noise.
+
+    Raises:
+        InputError: A number is negative or the variation not from 0 to 1.
+    """
+
+    sample: int
+    variation: float = 0.0
+    variant: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.variation <= 1.0:
+            raise InputError(
+                "a variation's strength must be from 0 to 1",
+                why=f"it is {self.variation}",
+            )
+        if not 0 <= self.variant < 1 << 32:
+            raise InputError(
+                "a variation's number must be from 0 to 2**32 - 1",
+                why=f"it is {self.variant}",
+            )
+
+
+def varied_normals(
+    seed: int, address: NoiseAddress, stage: int, draw: int, shape: Sequence[int]
+) -> Float32:
+    """:func:`normals` of the address's sample, turned towards fresh ones:
+
+        cos(θ)·own + sin(θ)·fresh, θ = variation·π/2
+
+    which is standard normal whatever θ is, and in so many dimensions all but the great
+    circle of a spherical interpolation.
+    """
+    own = normals(seed, address.sample, stage, draw, shape)
+    if not address.variation:
+        return own
+    apart = stage + _VARIATIONS * (1 + address.variant)
+    fresh = normals(seed, address.sample, apart, draw, shape)
+    angle = address.variation * math.pi / 2
+    turned = math.cos(angle) * own.astype(np.float64) + math.sin(angle) * fresh
+    return turned.astype(np.float32)

@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from .backends.base import Engine
 from .guidance import GuidancePlan, GuidanceTable
-from .noise import normals
-from .sampler import step_rows
+from .sampler import NoiseSource, step_rows
 from .solvers import STEP_WIDTH, SolverTable
 
 Float32 = npt.NDArray[np.float32]
@@ -30,14 +29,16 @@ class Trajectory:
     Attributes:
         table: Its solver's table.
         plan: Its guidance, made for it alone (B = 1).
-        address: Seed, sample and stage of its noise.
+        noise: Its noise.
+        sample: Its number, to ask the noise for.
         low_res: [C, h, w] float32 for a super-resolution model, else None.
         row: Table rows that are done.
     """
 
     table: SolverTable
     plan: GuidancePlan
-    address: tuple[int, int, int]
+    noise: NoiseSource
+    sample: int = 0
     low_res: Float32 | None = None
     row: int = 0
     rows: Float32 = field(init=False)
@@ -52,7 +53,7 @@ class Trajectory:
 
     def start(self, shape: tuple[int, ...]) -> Float32:
         """x_T, [C, H, W] float32."""
-        drawn = normals(*self.address, 0, shape)
+        (drawn,) = self.noise.start([self.sample], shape)
         x_t: Float32 = drawn * np.float32(self.table.x_scale)
         return x_t
 
@@ -204,8 +205,8 @@ class Places:
             for k in np.flatnonzero(one.table.stochastic[one.row : one.row + count]):
                 if drawn[k] is None:
                     drawn[k] = np.zeros(shape, np.float32)
-                draw = one.row + int(k) + 1
-                drawn[k][place] = normals(*one.address, draw, shape[1:])  # type: ignore[index]
+                (own,) = one.noise.row(one.row + int(k), [one.sample], shape[1:])
+                drawn[k][place] = own  # type: ignore[index]
         if all(noise is None for noise in drawn):
             return drawn
         return [np.zeros(shape, np.float32) if n is None else n for n in drawn]

@@ -11,8 +11,8 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,12 +21,13 @@ import numpy.typing as npt
 from .backends.base import Engine
 from .calls import EngineCalls, engine_calls
 from .errors import CancelledError, DeadlineError, HandOverError, InputError
-from .guidance import GuidancePlan, GuidanceSettings, guidance_plan
-from .noise import batch_normals
+from .guidance import GuidancePlan, GuidanceSettings, Others, guidance_plan
+from .noise import CONDITION_STAGES, NoiseAddress, varied_normals
 from .noise_ahead import NoiseAhead
 from .solvers import RESCALE_COLUMN, SolverTable
 
 Float32 = npt.NDArray[np.float32]
+Anneal = Callable[[Float32, npt.NDArray[np.float64], Sequence[int]], Float32]
 
 
 class NoiseSource(Protocol):
@@ -45,18 +46,34 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True)
 class SeededNoise:
-    """The product's noise: a pure function of (seed, sample, stage, draw)."""
+    """The product's noise: a pure function of (seed, sample, stage, draw).
+
+    ``addresses`` are those of samples that take another one's noise, or vary it.
+    """
 
     seed: int
     stage: int = 0
+    addresses: Mapping[int, NoiseAddress] = field(default_factory=dict)
 
     def start(self, samples: Sequence[int], shape: tuple[int, ...]) -> Float32:
         """Draw 0 of every sample."""
-        return batch_normals(self.seed, samples, self.stage, 0, shape)
+        return self._drawn(samples, self.stage, 0, shape)
 
     def row(self, j: int, samples: Sequence[int], shape: tuple[int, ...]) -> Float32:
         """Draw j + 1 of every sample."""
-        return batch_normals(self.seed, samples, self.stage, j + 1, shape)
+        return self._drawn(samples, self.stage, j + 1, shape)
+
+    def condition(self, j: int, samples: Sequence[int], dim: int) -> Float32:
+        """What moves the conditions in table row j: [B, dim]."""
+        return self._drawn(samples, self.stage + CONDITION_STAGES, j, (dim,))
+
+    def _drawn(
+        self, samples: Sequence[int], stage: int, draw: int, shape: tuple[int, ...]
+    ) -> Float32:
+        addresses = [self.addresses.get(i) or NoiseAddress(i) for i in samples]
+        return np.stack(
+            [varied_normals(self.seed, one, stage, draw, shape) for one in addresses]
+        )
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,9 @@ class SampleJob:
             enlarges, one a sample; None for all other models.
         hand_over: In place of ``low_res``: puts what is enlarged into a begun engine,
             on its device. False where it cannot.
+        others: Further identities of the n samples; None where there are none.
+        anneal: Moves the samples' conditions (``control/annealing.py``): from [B, D],
+            the timesteps [N] and the samples' numbers to [N, B, D]. None: they stay.
     """
 
     identity: Float32
@@ -83,6 +103,8 @@ class SampleJob:
     first_sample: int = 0
     low_res: Float32 | None = None
     hand_over: Callable[[Engine], bool] | None = None
+    others: Others | None = None
+    anneal: Anneal | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +180,22 @@ def table_chunks(calls: EngineCalls, most: int) -> Iterator[range]:
         begun += count
 
 
+def job_plan(job: SampleJob, samples: Sequence[int]) -> GuidancePlan:
+    """Guidance of some of a job's samples, which are positions in ``job.identity``.
+
+    Raises:
+        InputError: The guidance does not fit the table.
+    """
+    identity = np.ascontiguousarray(job.identity[list(samples)])
+    times = job.table.timesteps
+    others = None if job.others is None else job.others.of(samples)
+    moved = None
+    if job.anneal is not None:
+        numbers = [job.first_sample + i for i in samples]
+        moved = job.anneal(identity, times, numbers)
+    return guidance_plan(identity, job.guidance, times, others=others, moved=moved)
+
+
 def walk(
     engine: Engine,
     job: SampleJob,
@@ -187,8 +225,7 @@ def walk(
     """
     shape = engine.shapes.picture
     numbers = [job.first_sample + i for i in samples]
-    identity = np.ascontiguousarray(job.identity[list(samples)])
-    plan = guidance_plan(identity, job.guidance, job.table.timesteps)
+    plan = job_plan(job, samples)
     calls = engine_calls(
         step_rows(job.table, plan),
         job.table.stochastic,

@@ -34,7 +34,7 @@ def trajectory(i: int) -> Trajectory:
     solver, steps, guidance = WANTED[i]
     table = solver_table(SPEC, SolverSettings(solver, steps))
     plan = guidance_plan(IDENTITY[i : i + 1], guidance, table.timesteps)
-    return Trajectory(table, plan, (i, 0, 0))
+    return Trajectory(table, plan, SeededNoise(i))
 
 
 def step_of(bundle: Path) -> Step:
