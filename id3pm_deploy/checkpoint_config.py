@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .errors import CheckpointError
 from .files import sha256_of_file
@@ -10,7 +11,9 @@ from .spec import DiffusionSpec
 from .versioned_json import JsonFormat
 
 FORMAT = "id3pm-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PLAIN_VERSION = 1
+"""What a config without attributes has: 2 brought them, and nothing else."""
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
@@ -21,6 +24,7 @@ CONFIG = JsonFormat(
     noun="config",
     max_bytes=1 << 20,
     error=CheckpointError,
+    oldest=PLAIN_VERSION,
 )
 
 
@@ -45,8 +49,21 @@ def load_spec(folder: Path) -> DiffusionSpec:
             why=f"{CONFIG_NAME}: {error.strerror or error}",
             fix="give the folder that `id3pm-deploy train` wrote",
         ) from error
-    body = CONFIG.body(CONFIG.values(data, str(path)), str(path))
+    values = CONFIG.values(data, str(path))
+    body = CONFIG.body(values, str(path))
+    version = values["format_version"]
+    if ("attributes" in body) != (version == FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path} is not of format version {version}",
+            why=f"version {FORMAT_VERSION} is that of attributes",
+        )
     return CONFIG.into(DiffusionSpec, body, str(path))
+
+
+def config_values(spec: DiffusionSpec) -> dict[str, Any]:
+    """What ``config.json`` holds, of the oldest format version that can say it."""
+    version = FORMAT_VERSION if spec.attributes else PLAIN_VERSION
+    return {"format": FORMAT, "format_version": version, **spec.to_json()}
 
 
 def weights_sha256(folder: Path) -> str:

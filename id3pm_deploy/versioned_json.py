@@ -31,11 +31,12 @@ class JsonFormat:
 
     Attributes:
         name: Value of ``format``.
-        version: The ``format_version`` that this release reads.
+        version: The newest ``format_version`` that this release reads.
         what: What such a file describes, as "an ID3PM bundle".
         noun: What the file is, as "manifest".
         max_bytes: Largest file.
         error: Raised for anything wrong.
+        oldest: The oldest ``format_version`` that it reads; None: ``version`` alone.
     """
 
     name: str
@@ -44,6 +45,7 @@ class JsonFormat:
     noun: str
     max_bytes: int
     error: type[Id3pmError]
+    oldest: int | None = None
 
     def read(self, path: Path, *, follow: bool = False) -> bytes:
         """The bytes of a plain file that is not too large.
@@ -82,7 +84,7 @@ class JsonFormat:
     def body(
         self, values: Mapping[str, Any], where: str, *, older: str = ""
     ) -> dict[str, Any]:
-        """``values`` without format and version, which must be this release's.
+        """``values`` without format and version, which must be one that it reads.
 
         Args:
             values: From :meth:`values`.
@@ -93,11 +95,13 @@ class JsonFormat:
             Id3pmError: The version is another one.
         """
         version = values.get("format_version")
-        if type(version) is not int or version != self.version:
-            old = type(version) is int and 0 < version < self.version
+        oldest = self.version if self.oldest is None else self.oldest
+        if type(version) is not int or not oldest <= version <= self.version:
+            old = type(version) is int and 0 < version < oldest
+            reads = f"{oldest} to {self.version}"
             raise self.error(
                 f"{where} has format version {version!r:.40}; this release reads "
-                f"{self.version}",
+                f"{reads if oldest < self.version else self.version}",
                 fix=older if old and older else "use the release that wrote it",
             )
         return {key: item for key, item in values.items() if key not in _HEAD}

@@ -25,6 +25,7 @@ from id3pm_deploy.bundle import (
 from id3pm_deploy.bundle.writer import BundleWriter, bundle_writer
 from id3pm_deploy.spec import (
     NO_IDENTITY,
+    AttributeSpec,
     DiffusionSpec,
     IdentitySpec,
     ModelSpec,
@@ -153,11 +154,25 @@ def write_chain(folder: Path) -> Bundle:
     return writer.commit()
 
 
-def write_golden(folder: Path) -> Bundle:
-    """The golden bundle of format version 4, from fixed inputs; not signed."""
+ATTRIBUTES = (
+    AttributeSpec("age", "numeric", 0.0, 100.0),
+    AttributeSpec("glasses", "categorical", categories=("no", "reading", "sun")),
+)
+
+
+def write_golden(
+    folder: Path, attributes: tuple[AttributeSpec, ...] = ()
+) -> Bundle:
+    """The golden bundle of format version 4, from fixed inputs; not signed. That of
+    version 5 where there are ``attributes``: all are the base's, one the second
+    stage's."""
     origin = {"steps": 3, "σ": [0.5, 1e-9]}
-    spec = dataclasses.replace(SPEC, title="golden", origin=origin)
-    large = dataclasses.replace(chain_specs()[1], title="golden, enlarged")
+    spec = dataclasses.replace(
+        SPEC, title="golden", origin=origin, attributes=attributes
+    )
+    large = dataclasses.replace(
+        chain_specs()[1], title="golden, enlarged", attributes=attributes[:1]
+    )
     second = SecondStage(large, "cd" * 32)
     writer = bundle_writer(folder, spec, "ab" * 32, "0.1.0", second)
     made_with = {"id3pm-deploy": "0.1.0", "torch": "2.13.0"}

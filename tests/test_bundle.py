@@ -132,7 +132,8 @@ def _many_files(values: Any, count: int, size: int) -> None:
     [
         (lambda v: v.update(format_version=99), "format version 99"),
         (lambda v: v.update(format="zip"), "does not describe"),
-        (lambda v: v.update(format_version=5), "format version 5; .* reads 4"),
+        (lambda v: v.update(format_version=5), "not of format version 5"),
+        (lambda v: v.update(format_version=6), "format version 6; .* reads 4 to 5"),
         (lambda v: v.update(format_version=2.0), "format version 2.0"),
         (lambda v: v.update(format_version=True), "format version True"),
         (lambda v: v.update(surprise=1), "unknown keys: surprise"),

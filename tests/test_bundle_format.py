@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from bundles import (
+    ATTRIBUTES,
     GOLDEN,
     SEED,
     SHA,
@@ -51,9 +52,10 @@ from id3pm_deploy.inspection import self_tests
 from id3pm_deploy.models import open_engine, open_model
 from id3pm_deploy.selftest import load_golden, run_golden
 from id3pm_deploy.solvers import RESCALE_COLUMN
-from id3pm_deploy.spec import DiffusionSpec
+from id3pm_deploy.spec import AttributeSpec, DiffusionSpec
 
 V1, V2, V3, V4 = (GOLDEN / f"bundle-v{version}" for version in (1, 2, 3, 4))
+V5 = GOLDEN / "bundle-v5.json"
 TAR = GOLDEN / "bundle-v4.tar"
 
 
@@ -89,6 +91,62 @@ def test_the_golden_tar_is_packed_and_unpacked(tmp_path: Path) -> None:
     assert size == TAR.stat().st_size
     unpack_bundle(TAR, tmp_path / "b").verify()
     assert files_in(tmp_path / "b") == files_in(V4)
+
+
+def test_attributes_make_version_5_to_the_byte(tmp_path: Path) -> None:
+    """The manifest of version 4 and the attributes; the files are the same."""
+    bundle = write_golden(tmp_path / "b", ATTRIBUTES)
+    written = files_in(tmp_path / "b")
+    plain = {name: data for name, data in files_in(V4).items() if name in written}
+    assert written == {**plain, MANIFEST_NAME: V5.read_bytes()}
+    open_bundle(tmp_path / "b").verify()
+    stages = open_bundle(tmp_path / "b").manifest.stages
+    assert stages == bundle.manifest.stages
+    found = {name: stage.diffusion.attributes for name, stage in stages.items()}
+    assert found == {"base": ATTRIBUTES, "super_resolution": ATTRIBUTES[:1]}
+    assert migrate_bundle(tmp_path / "b") == 5
+    assert files_in(tmp_path / "b") == written
+    values, older = (json.loads(one.read_bytes()) for one in (V5, V4 / MANIFEST_NAME))
+    assert values.pop("format_version") == 5
+    for part in (values, values["super_resolution"]):
+        del part["diffusion"]["attributes"]
+    del older["format_version"]
+    assert values == older
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(format_version=4), "not of format version 4"),
+        (lambda v: v["diffusion"].pop("attributes"), "does not fit behind its base"),
+        (lambda v: attributes(v)[0].update(low=1), "does not fit behind its base"),
+        (lambda v: attributes(v)[0].update(low=200), "low before high"),
+        (lambda v: attributes(v)[0].update(high=None), "low before high"),
+        (lambda v: attributes(v)[0].update(low="0"), "low must be float"),
+        (lambda v: attributes(v)[0].update(kind="text"), "must be one of"),
+        (lambda v: attributes(v)[0].update(categories=["a", "b"]), "no categories"),
+        (lambda v: attributes(v)[1].update(low=1), "has no range"),
+        (lambda v: attributes(v)[1].update(categories=["a"]), "from 2 to 1000"),
+        (lambda v: attributes(v)[1].update(categories=["a", "a"]), "there twice"),
+        (lambda v: attributes(v)[1].update(categories=["a", 1]), "must be str"),
+        (lambda v: attributes(v)[1].update(name="a=b"), "without '='"),
+        (lambda v: attributes(v)[1].update(name="age"), "have the same name"),
+        (lambda v: attributes(v)[1].update(unit="years"), "unknown keys: unit"),
+    ],
+)
+def test_wrong_attributes_are_refused(
+    tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    write_golden(tmp_path / "b", ATTRIBUTES)
+    edit_manifest(tmp_path / "b", change)
+    with pytest.raises(Id3pmError) as caught:
+        open_bundle(tmp_path / "b")
+    assert message in str(caught.value)
+
+
+def attributes(values: Any) -> Any:
+    """The base's attributes in a parsed manifest."""
+    return values["diffusion"]["attributes"]
 
 
 def test_golden_files_are_small() -> None:
@@ -367,7 +425,8 @@ def test_a_wrong_second_stage_is_refused(
 
 def test_the_specification_names_every_key_and_limit(root: Path) -> None:
     text = (root / "BUNDLE_FORMAT.md").read_text("utf-8")
-    kinds = (Manifest, FileEntry, GraphEntry, EngineEntry, SecondStage, DiffusionSpec)
+    kinds: tuple[type[Any], ...] = (Manifest, FileEntry, GraphEntry, EngineEntry)
+    kinds += (SecondStage, DiffusionSpec, AttributeSpec)
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     for part in dataclasses.asdict(open_bundle(V4).manifest.diffusion).values():
         names |= set(part) - {"steps", "σ"} if isinstance(part, dict) else set()

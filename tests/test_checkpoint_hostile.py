@@ -157,7 +157,8 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "null": (lambda v: "null", "does not describe an ID3PM checkpoint"),
     "another format": (set_in("format", to="id3pm-bundle"), "does not describe"),
     "no format": (drop("format"), "does not describe"),
-    "version 2": (set_in("format_version", to=2), "format version 2"),
+    "version 3": (set_in("format_version", to=3), "format version 3; .* reads 1 to 2"),
+    "version 2": (set_in("format_version", to=2), "not of format version 2"),
     "version as text": (set_in("format_version", to="1"), "format version '1'"),
     "unknown key": (set_in("flavour", to=1), "unknown keys: flavour"),
     "unknown key below": (

@@ -13,7 +13,9 @@ from ..errors import BundleError, InputError
 from ..spec import DiffusionSpec, check_chain
 from ..versioned_json import JsonFormat
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+PLAIN_VERSION = 4
+"""What a bundle without attributes has: 5 brought them, and nothing else."""
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.sig"
 
@@ -37,6 +39,7 @@ MANIFEST = JsonFormat(
     noun="manifest",
     max_bytes=4 << 20,
     error=BundleError,
+    oldest=PLAIN_VERSION,
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -162,9 +165,20 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values, with format and version first."""
-        head = {"format": MANIFEST.name, "format_version": FORMAT_VERSION}
+        head = {"format": MANIFEST.name, "format_version": self.format_version}
         values = dataclasses.asdict(self)
+        values["diffusion"] = self.diffusion.to_json()
+        if self.super_resolution is not None:
+            second = self.super_resolution.diffusion.to_json()
+            values["super_resolution"]["diffusion"] = second
         return {**head, **values, "files": dict(sorted(self.files.items()))}
+
+    @property
+    def format_version(self) -> int:
+        """The oldest version that can say it; 5 where a stage has attributes."""
+        stages = self.stages.values()
+        some = any(stage.diffusion.attributes for stage in stages)
+        return FORMAT_VERSION if some else PLAIN_VERSION
 
     def file_entry(self, name: str) -> FileEntry:
         """Size and hash of the file ``name``.
@@ -205,14 +219,30 @@ def manifest_from_bytes(data: bytes, path: Path) -> Manifest:
     """
     values = MANIFEST.values(data, str(path))
     older = f"id3pm-deploy bundle migrate {path.parent}"
-    return manifest_from_body(MANIFEST.body(values, str(path), older=older), str(path))
+    body = MANIFEST.body(values, str(path), older=older)
+    return manifest_from_body(body, values["format_version"], str(path))
 
 
-def manifest_from_body(body: Mapping[str, Any], where: str) -> Manifest:
+def manifest_from_body(body: Mapping[str, Any], version: int, where: str) -> Manifest:
     """As :func:`manifest_from_bytes`, from the values without format and version."""
+    _check_version(body, version, where)
     manifest = MANIFEST.into(Manifest, body, where)
     check_manifest(manifest, where)
     return manifest
+
+
+def _check_version(body: Mapping[str, Any], version: int, where: str) -> None:
+    """Refuse attributes in a manifest of another version than theirs, and their
+    version where there are none."""
+    stages = [part for part in (body, body.get("super_resolution")) if part]
+    found = (stage.get("diffusion") for stage in stages if isinstance(stage, Mapping))
+    some = any("attributes" in one for one in found if isinstance(one, Mapping))
+    if some != (version == FORMAT_VERSION):
+        raise BundleError(
+            f"{where} is not of format version {version}",
+            why=f"version {FORMAT_VERSION} is that of attributes",
+            fix=_FIX,
+        )
 
 
 def check_manifest(manifest: Manifest, where: str) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..errors import BundleError
 from .manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     MANIFEST_NAME,
+    PLAIN_VERSION,
     Manifest,
     manifest_from_body,
     manifest_from_bytes,
@@ -46,35 +46,36 @@ _NEW_IN: dict[int, dict[str, tuple[str, ...]]] = {
 
 
 def migrate_bundle(folder: Path) -> int:
-    """Bring a bundle to the version of this release, in place and all at once.
+    """Bring a bundle to a version that this release reads, in place and all at once.
 
     Graphs, engines and their files stay as they are; files are not hashed.
 
     Returns:
-        The version it had; this release's own means that nothing was written.
+        The version it had; 4 and newer ones mean that nothing was written.
 
     Raises:
         BundleError: No bundle, damaged, or of a version that cannot be migrated.
         OutputError: The manifest cannot be replaced.
     """
-    if _migrated(folder)[0] == FORMAT_VERSION:
-        return FORMAT_VERSION
+    if (version := _migrated(folder)[0]) >= PLAIN_VERSION:
+        return version
     with locked(folder):
         version, manifest = _migrated(folder)
-        if version != FORMAT_VERSION:
+        if version < PLAIN_VERSION:
             write_manifest(folder, manifest)
     return version
 
 
 def _migrated(folder: Path) -> tuple[int, Manifest]:
-    """The version of what lies there, and its manifest in this release's version."""
+    """The version of what lies there, and its manifest as this release has it."""
     path = folder / MANIFEST_NAME
     data = manifest_bytes(folder)
     values = MANIFEST.values(data, str(path))
     version = values.get("format_version")
-    if type(version) is not int or not 0 < version < FORMAT_VERSION:
-        return FORMAT_VERSION, manifest_from_bytes(data, path)
-    old = dataclasses.replace(MANIFEST, version=version)
+    if type(version) is not int or not 0 < version < PLAIN_VERSION:
+        manifest = manifest_from_bytes(data, path)
+        return manifest.format_version, manifest
+    old = dataclasses.replace(MANIFEST, version=version, oldest=None)
     body = old.body(values, str(path))
     if version < 2:
         body = _from_version_1(body, str(path))
@@ -82,7 +83,7 @@ def _migrated(folder: Path) -> tuple[int, Manifest]:
     if version < 3:
         body = _from_version_2(body, what)
     body = _from_version_3(body, what)
-    return version, manifest_from_body(body, str(path))
+    return version, manifest_from_body(body, version, str(path))
 
 
 def _from_version_1(body: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import BundleError, MissingPackageError, TrustError
 from ..progress import progress
 from .archive import opened_tar
-from .manifest import FORMAT_VERSION, MANIFEST_NAME, SIGNATURE_NAME
+from .manifest import MANIFEST_NAME, SIGNATURE_NAME
 from .reader import Bundle, open_bundle
 from .signing import SignatureState, bundle_signature, signature_state
 from .trust import PlanTrust, plan_trust
@@ -22,6 +22,7 @@ class Verification:
 
     Attributes:
         kind: ``folder`` or ``tar``.
+        format_version: The manifest's.
         files: Number of listed files.
         size: Bytes in them.
         signature: Whose, and whether it is good.
@@ -31,6 +32,7 @@ class Verification:
     """
 
     kind: str
+    format_version: int
     files: int
     size: int
     signature: SignatureState
@@ -51,7 +53,7 @@ class Verification:
         }
         return {
             "kind": self.kind,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "files": self.files,
             "bytes": self.size,
             "signature": signature,
@@ -127,4 +129,7 @@ def _verification(
     manifest = bundle.manifest
     sizes = [manifest.file_entry(name).size for name in manifest.files]
     plans = {e.label: plan_trust(bundle, e, signature) for e in manifest.plans}
-    return Verification(kind, len(sizes), sum(sizes), signature, plans, unlisted)
+    version = manifest.format_version
+    return Verification(
+        kind, version, len(sizes), sum(sizes), signature, plans, unlisted
+    )

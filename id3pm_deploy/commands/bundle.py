@@ -142,15 +142,15 @@ def trust(key: Path | None, listing: bool, remove: str | None) -> None:
             click.echo(one)
 
 
-@command.command(short_help="Bring BUNDLE to this release's format version.")
+@command.command(short_help="Bring BUNDLE to a format version that is read here.")
 @click.argument("bundle", type=PATH)
 def migrate(bundle: Path) -> None:
-    """Bring BUNDLE from an older format version to this release's, in place."""
-    from ..bundle.manifest import FORMAT_VERSION
+    """Bring BUNDLE from an older format version to one that is read here, in place."""
+    from ..bundle.manifest import PLAIN_VERSION
     from ..bundle.migrate import migrate_bundle
 
     version = migrate_bundle(bundle)
-    if version == FORMAT_VERSION:
-        click.echo(f"{bundle} has format version {FORMAT_VERSION} already")
+    if version >= PLAIN_VERSION:
+        click.echo(f"{bundle} has format version {version} already")
     else:
-        click.echo(f"{bundle}: format version {version} is now {FORMAT_VERSION}")
+        click.echo(f"{bundle}: format version {version} is now {PLAIN_VERSION}")

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from ..checkpoint_config import (
     CONFIG_NAME,
-    FORMAT,
-    FORMAT_VERSION,
     WEIGHTS_NAME,
+    config_values,
     load_spec,
     weights_sha256,
 )
@@ -80,7 +79,7 @@ def _empty_network(spec: DiffusionSpec, path: Path) -> IdentityUNet:
     terabytes costs nothing before it is held against the file."""
     try:
         with torch.device("meta"):
-            return IdentityUNet(spec.model, spec.identity.dim)
+            return IdentityUNet(spec.model, spec.condition_dim)
     except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(
             f"{path} does not describe a network that can be built", why=str(error)
@@ -171,8 +170,7 @@ def save_checkpoint(
                 why="it holds values beyond its range, or NaN",
                 fix="store as float32, or use an earlier state of the training",
             )
-    config = {"format": FORMAT, "format_version": FORMAT_VERSION, **spec.to_json()}
-    text = json_text(config)
+    text = json_text(config_values(spec))
     make_folder(folder)
     with atomic_path(folder / CONFIG_NAME) as config_file:
         config_file.write_text(text, encoding="utf-8")
