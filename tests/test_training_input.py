@@ -21,9 +21,10 @@ from id3pm_deploy.reference.checkpoint import save_checkpoint
 from id3pm_deploy.reference.unet import IdentityUNet
 from id3pm_deploy.training import faces as faces_module
 from id3pm_deploy.training import loop, run
+from id3pm_deploy.training.batches import Batches
 from id3pm_deploy.training.config import TrainingConfig
 from id3pm_deploy.training.faces import load_faces, picture_paths
-from id3pm_deploy.training.loop import Batches, work_folder
+from id3pm_deploy.training.loop import work_folder
 from id3pm_deploy.training.run import train
 from id3pm_deploy.training.start import diffusion_spec, settings_of
 
@@ -74,6 +75,8 @@ NAN, INFINITY = float("nan"), float("inf")
         {"seed": 2**63},
         {"weight_decay": -0.1},
         {"weight_decay": INFINITY},
+        {"min_snr_gamma": -1.0},
+        {"vlb_weight": NAN},
         {"ema_decay": NAN},
         {"image_size": 4},
         {"base_channels": 0},
@@ -252,6 +255,7 @@ def test_a_checkpoint_of_the_same_kind_is_a_start(
     [
         ({"channel_multipliers": (1, 2)}, "model.channel_multipliers"),
         ({"resblock_updown": True}, "model.resblock_updown"),
+        ({"learned_variance": True}, "model.learned_variance"),
         ({"normalisation": "unit"}, "identity.normalisation"),
         ({"prediction_type": "epsilon"}, "differ: prediction_type"),
         ({"schedule": "linear"}, "schedule.name"),

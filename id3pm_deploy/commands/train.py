@@ -40,6 +40,13 @@ def _numbers(kind: type) -> Any:
 @option("--resblock-updown/--conv-updown", default=False, help="Resampling.")
 @option("--model-dropout", default=0.0)
 @option("--prediction-type", default="v", type=click.Choice(["epsilon", "x0", "v"]))
+@option(
+    "--learned-variance/--fixed-variance",
+    default=False,
+    help="Learn the variance too, with the hybrid loss.",
+)
+@option("--vlb-weight", default=0.001, help="Weight of its variational part.")
+@option("--min-snr-gamma", default=0.0, help="Min-SNR weighting, 5 say; 0: none.")
 @option("--schedule", default="cosine", type=click.Choice(["cosine", "linear"]))
 @option("--learning-rate", default=5e-4)
 @option("--final-learning-rate", default=5e-5)

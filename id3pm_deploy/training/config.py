@@ -22,6 +22,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "warmup_steps": (0, _MOST),
     "weight_decay": (0.0, 10.0),
     "gradient_clip": (1e-9, 1e9),
+    "min_snr_gamma": (0.0, 1e6),
+    "vlb_weight": (0.0, 1e3),
     "identity_noise": (0.0, 4.0),
     "identity_jitter": (1, 64),
     "crop_margin": (1.0, 4.0),
@@ -56,6 +58,8 @@ class TrainingConfig:
     ``processes`` share each batch between them on a CPU: one a core is faster and
     steadier there than one process with as many threads. ``storage`` is of the
     CHECKPOINT's weights, which carries ``title``; the state is always float32.
+    ``vlb_weight`` (of the hybrid loss, with learned variance only) and
+    ``min_snr_gamma`` (0: no weighting) are those of :class:`.losses.DiffusionLoss`.
 
     Raises:
         InputError: A value is out of its range, or two contradict each other.
@@ -70,6 +74,9 @@ class TrainingConfig:
     resblock_updown: bool = False
     model_dropout: float = 0.0
     prediction_type: PredictionType = "v"
+    learned_variance: bool = False
+    vlb_weight: float = 0.001
+    min_snr_gamma: float = 0.0
     schedule: str = "cosine"
     normalisation: Normalisation = "unit_sqrt_dim"
     steps: int = 4000

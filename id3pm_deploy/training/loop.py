@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,17 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ..errors import InputError, TrainingError
+from ..errors import TrainingError
 from ..files import atomic_path, beside
-from ..identity.vectors import normalise_identities
 from ..progress import progress
 from ..reference.checkpoint import save_checkpoint
 from ..reference.unet import IdentityUNet
-from ..schedule import noise_schedule
 from ..spec import DiffusionSpec
+from .batches import Batches
 from .config import TrainingConfig
+from .draws import draw_noise, draw_timesteps
 from .faces import TrainingFaces
+from .losses import DiffusionLoss
 from .sheet import save_training_sheet
 from .state import Ema, load_state, save_state
 
@@ -47,106 +47,6 @@ class TrainingResult:
 def work_folder(checkpoint: Path) -> Path:
     """Where a run keeps its state, log, sheets and face cache: beside the output."""
     return beside(checkpoint, ".training")
-
-
-class Batches:
-    """Random training batches, a pure function of (seed, step).
-
-    Args:
-        faces: The data.
-        config: Batch size, noise and dropout of the condition, shares of the folders.
-    """
-
-    def __init__(self, faces: TrainingFaces, config: TrainingConfig) -> None:
-        self.config = config
-        self.pictures = faces.pictures
-        n, flips, jitter, dim = faces.vectors.shape
-        flat = normalise_identities(
-            faces.vectors.reshape(-1, dim), config.normalisation
-        )
-        self.vectors = flat.reshape(n, flips, jitter, dim)
-        self.weights = face_weights(faces.folders, config.shares)
-
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Pictures [N, 3, S, S] in [-1, 1] and conditions [N, D] of ``step``."""
-        config = self.config
-        rng = np.random.default_rng([config.seed, step])
-        count, (n, _, jitter, dim) = config.batch_size, self.vectors.shape
-        rows = rng.choice(n, size=count, p=self.weights)
-        flip = rng.integers(0, 2, size=count)
-        pictures = self.pictures[rows, flip].astype(np.float32) / 127.5 - 1.0
-        which = rng.integers(0, jitter, size=count)
-        vectors = self.vectors[rows, flip, which].astype(np.float64)
-        if config.identity_noise:
-            norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-            spread = norms / np.sqrt(dim) * config.identity_noise
-            vectors = vectors + spread * rng.standard_normal(vectors.shape)
-            vectors *= norms / np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors[rng.random(count) < config.condition_dropout] = 0.0
-        x0 = torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())
-        return x0, torch.from_numpy(vectors.astype(np.float32))
-
-
-def face_weights(folders: Any, shares: Sequence[float]) -> Any:
-    """Probability of each face, so that folder i is drawn with share i.
-
-    Args:
-        folders: [n] int, the folder each face came from.
-        shares: One number a folder; none: as many faces as each has.
-
-    Returns:
-        float64 [n], of sum 1.
-
-    Raises:
-        InputError: Too few shares, or only folders without a usable face have one.
-    """
-    counts = np.bincount(folders)
-    wanted = np.array(shares or counts, dtype=np.float64)
-    if len(wanted) < len(counts):
-        raise InputError(
-            f"{len(counts)} folders of faces need {len(counts)} shares",
-            why=f"given: {list(shares)}",
-            fix="give one share of at least 0 for each folder",
-        )
-    weights = (wanted[: len(counts)] / np.maximum(counts, 1))[folders]
-    if not weights.sum() > 0:
-        raise InputError(
-            "no folder with a share above 0 has a usable face",
-            why=f"given: {list(shares)}; faces a folder: {counts.tolist()}",
-            fix="give a share to a folder that has faces",
-        )
-    return weights / weights.sum()
-
-
-def diffusion_loss(
-    network: Callable[[Tensor, Tensor, Tensor], Tensor],
-    x0: Tensor,
-    identity: Tensor,
-    alphas: Tensor,
-    prediction_type: str,
-) -> Tensor:
-    """Mean squared error of the prediction at random timesteps.
-
-    ε: Ho et al. 2020, eq. 14; v = √ᾱ·ε - √(1-ᾱ)·x0: Salimans & Ho 2022, app. D.
-
-    Args:
-        network: Predicts from (x_t [N, C, H, W], timesteps [N], identity [N, D]).
-        x0: [N, C, H, W] in [-1, 1].
-        identity: [N, D], normalised.
-        alphas: [T], ᾱ of the noise schedule.
-        prediction_type: ``epsilon``, ``x0`` or ``v``.
-    """
-    t = torch.randint(0, len(alphas), (len(x0),), device=x0.device)
-    noise = torch.randn_like(x0)
-    signal = alphas[t].sqrt().view(-1, 1, 1, 1)
-    sigma = (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
-    target = {
-        "epsilon": noise,
-        "x0": x0,
-        "v": signal * noise - sigma * x0,
-    }[prediction_type]
-    out = network(signal * x0 + sigma * noise, t.float(), identity)
-    return (out - target).square().mean()
 
 
 @dataclass(frozen=True)
@@ -184,9 +84,11 @@ class Trainer:
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
         )
-        schedule = noise_schedule(plan.spec.schedule)
-        self.alphas = torch.tensor(
-            schedule.alphas_cumprod, dtype=torch.float32, device=config.device
+        self.loss = DiffusionLoss(
+            plan.spec,
+            min_snr_gamma=config.min_snr_gamma,
+            vlb_weight=config.vlb_weight,
+            device=config.device,
         )
         self.forward: Any = (
             torch.compile(self.network) if config.compile else self.network
@@ -203,13 +105,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         mine = slice(self.rank, None, config.processes)
-        loss = diffusion_loss(
-            self.forward,
-            x0[mine].to(config.device),
-            identity[mine].to(config.device),
-            self.alphas,
-            self.spec.prediction_type,
-        )
+        place = config.seed, self.step, range(config.batch_size)[mine]
+        times = draw_timesteps(*place, config.batch_size, self.loss.timesteps)
+        noise = draw_noise(*place, x0.shape[1:])
+        given = (x0[mine], identity[mine], times, noise)
+        batch = [tensor.to(config.device) for tensor in given]
+        loss = self.loss(self.forward, *batch).total
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if config.processes > 1:

@@ -44,6 +44,7 @@ def diffusion_spec(config: TrainingConfig, embedder: Embedder) -> DiffusionSpec:
         residual_blocks=config.residual_blocks,
         attention_resolutions=config.attention_resolutions,
         num_head_channels=config.num_head_channels,
+        learned_variance=config.learned_variance,
         dropout=config.model_dropout,
         resblock_updown=config.resblock_updown,
     )
