@@ -160,9 +160,7 @@ ATTRIBUTES = (
 )
 
 
-def write_golden(
-    folder: Path, attributes: tuple[AttributeSpec, ...] = ()
-) -> Bundle:
+def write_golden(folder: Path, attributes: tuple[AttributeSpec, ...] = ()) -> Bundle:
     """The golden bundle of format version 4, from fixed inputs; not signed. That of
     version 5 where there are ``attributes``: all are the base's, one the second
     stage's."""
