@@ -17,16 +17,10 @@ import torch.multiprocessing
 from ..errors import TrainingError
 from ..files import make_folder, output_error, write_json
 from ..identity.embedders import Embedder
+from .batches import face_weights
 from .config import TrainingConfig
 from .faces import TrainingFaces, load_faces
-from .loop import (
-    Plan,
-    Trainer,
-    TrainingResult,
-    face_weights,
-    run_steps,
-    work_folder,
-)
+from .loop import Plan, Trainer, TrainingResult, run_steps, work_folder
 from .start import (
     SETTINGS_NAME,
     check_machine,
