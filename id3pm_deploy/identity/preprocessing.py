@@ -7,6 +7,9 @@ import math
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
+import numpy as np
+import numpy.typing as npt
+
 from ..errors import InputError
 
 SFACE_SHA256 = "fb143eea07838aa532d1c95df5f69899974ea0140e1fba05e94204be13ed74ee"
@@ -30,6 +33,11 @@ class InputSpec:
             raise InputError(
                 f"input size {self.size} is out of range", fix="16 to 1024"
             )
+
+    def scaled(self, aligned: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """What the model is fed for crops uint8 RGB [n, H, W, 3], in that layout."""
+        pixels = aligned if self.order == "rgb" else aligned[..., ::-1]
+        return (pixels.astype(np.float32) - self.mean) / self.std
 
 
 def function_sha256(data: bytes, spec: InputSpec) -> str:
@@ -58,8 +66,8 @@ def function_sha256(data: bytes, spec: InputSpec) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def onnx_options(query: str) -> tuple[InputSpec, str | None]:
-    """The part after ``?`` of an ONNX spec: the preprocessing, and a name if given.
+def file_options(query: str) -> tuple[InputSpec, str | None]:
+    """The part after ``?`` of a file's spec: the preprocessing, and a name if given.
 
     Raises:
         InputError: A key is unknown or given twice, or a value unusable.
