@@ -34,6 +34,7 @@ from id3pm_deploy.evaluation.pose import head_rotation, pose_distances, rotation
 from id3pm_deploy.evaluation.similarity import (
     angular_distance,
     cosines,
+    face_crops,
     face_vectors,
     find_faces,
     mean_vector,
@@ -74,14 +75,15 @@ class TestSimilarity:
 
     def test_a_mirror_image_follows_the_picture(self) -> None:
         pictures, faces = self.faces()
-        found = face_vectors(pictures, faces, Columns())
+        crops = face_crops(pictures, faces, 112)
+        found = face_vectors(crops, Columns())
         assert found.shape == (3, 6)
         assert np.linalg.norm(found[0, :3]) == pytest.approx(1)
         assert found[0, 0] > found[0, 2]
         # The columns swap sides in the mirror; the middle one stays.
         assert found[0, 3:] == pytest.approx(found[0, 2::-1], abs=0.02)
         assert np.isnan(found[2]).all()
-        alone = face_vectors(pictures, faces, Columns(), mirrored=False)
+        alone = face_vectors(crops, Columns(), mirrored=False)
         assert np.array_equal(alone[:2], found[:2, :3])
 
     def test_the_mean_is_subtracted(self) -> None:
@@ -295,12 +297,21 @@ class TestDiversity:
         assert frechet_distance(ones, ones) == pytest.approx(0, abs=1e-9)
         assert frechet_distance(ones, ones + 2.0) == pytest.approx(24)
 
-    def test_fewer_pictures_than_features(self) -> None:
+    def test_photos_of_other_people_are_what_a_distance_is_held_against(self) -> None:
         rng = np.random.default_rng(0)
-        ones = rng.normal(0, 1, (12, 100))
-        found = fid_like(ones, np.arange(12), ones + 1)
-        assert found.value == pytest.approx(100)
-        assert found.low <= 100 <= found.high
+        photos = rng.normal(0, 1, (40, 100))
+        itself = fid_like(photos, photos)
+        # Fewer pictures than features: far from 0, though nothing is different.
+        assert itself.value > 50
+        fresh = fid_like(rng.normal(0, 1, (40, 100)), photos)
+        assert fresh.low < itself.value < fresh.high
+        moved = fid_like(photos + 1, photos)
+        assert moved.value == pytest.approx(itself.value + 100, rel=0.05)
+        assert moved.low > itself.high
+        alike = fid_like(np.repeat(photos[:1], 40, axis=0), photos)
+        assert alike.value > itself.value
+        with pytest.raises(InputError, match="eight people"):
+            fid_like(photos[:7], photos[:7])
 
 
 class TestPose:

@@ -6,9 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..benchmark.rounds import Interval
+from ..errors import InputError
 from .intervals import Indices, bootstrap, jackknife
 
 Float64 = npt.NDArray[np.float64]
+
+_SPLITS = 20
 
 
 def cosine_distances(ones: Float64, others: Float64) -> Float64:
@@ -86,21 +89,34 @@ def frechet_distance(ones: Float64, others: Float64) -> float:
     return max(0.0, gap + traces - 2 * shared)
 
 
-def fid_like(pictures: Float64, own: Indices, photos: Float64) -> Interval:
-    """The Fréchet distance of pictures' features from photos', and its interval by
-    leaving out groups of people on both sides.
+def fid_like(pictures: Float64, photos: Float64) -> Interval:
+    """The Fréchet distance of some people's pictures from other people's photos, and
+    its interval by leaving out groups of people.
 
-    It falls with the number of pictures and is no FID: another network, and far fewer
-    pictures than FID is meant for. Compare it only with figures of as many.
+    People are split into halves, many times; the mean over the splits is taken. It is
+    no FID: another network, and far fewer pictures than FID is meant for, with which
+    the distance grows. Photos in place of the pictures give what is to be compared
+    with, of as many.
 
     Args:
-        pictures: [n, F].
-        own: [n], the person of each picture; person i's photo is ``photos[i]``.
-        photos: [m, F].
+        pictures: [m, F], features of one picture a person.
+        photos: [m, F], of each person's photo.
+
+    Raises:
+        InputError: There are fewer than eight people.
     """
+    people = len(photos)
+    if people < 8:
+        raise InputError(
+            "a Fréchet distance needs at least eight people", why=f"there are {people}"
+        )
+    rng = np.random.default_rng(0)
+    splits = [rng.permutation(people) < people // 2 for _ in range(_SPLITS)]
 
     def distance(rows: Indices) -> float:
-        people = np.unique(own[rows])
-        return frechet_distance(pictures[rows], photos[people])
+        halves = [(rows[one[rows]], rows[~one[rows]]) for one in splits]
+        return float(
+            np.mean([frechet_distance(pictures[a], photos[b]) for a, b in halves])
+        )
 
-    return jackknife(distance, own)
+    return jackknife(distance, np.arange(people))

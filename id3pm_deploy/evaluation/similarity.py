@@ -42,29 +42,40 @@ def find_faces(
     return found
 
 
+def face_crops(
+    pictures: Sequence[Pixels], faces: Sequence[Points | None], size: int
+) -> list[Pixels | None]:
+    """The faces as an FR model takes them, [size, size, 3] uint8; None for no face.
+
+    Args:
+        pictures: [H, W, 3] uint8 each.
+        faces: Their points, from :func:`find_faces`.
+        size: The FR model's own.
+    """
+    pairs = zip(pictures, faces, strict=True)
+    return [None if p is None else align(picture, p, size) for picture, p in pairs]
+
+
 def face_vectors(
-    pictures: Sequence[Pixels],
-    faces: Sequence[Points | None],
+    crops: Sequence[Pixels | None],
     embedder: Embedder,
     *,
     mirrored: bool = True,
     on_done: Callable[[], object] = lambda: None,
 ) -> Float64:
-    """Unit vectors of the faces, [n, D]; with their mirror images' behind them,
+    """Unit vectors of aligned faces, [n, D]; with their mirror images' behind them,
     [n, 2D], each half of norm 1. NaN where there is no face.
 
     Args:
-        pictures: [H, W, 3] uint8 each.
-        faces: Their points, from :func:`find_faces`.
+        crops: From :func:`face_crops`.
         embedder: The FR model that judges.
         mirrored: Embed the mirror image of each crop, too.
-        on_done: Called after each picture.
+        on_done: Called after each crop.
     """
     views = 2 if mirrored else 1
-    rows = np.full((len(pictures), views * embedder.dim), np.nan)
-    for row, picture, points in zip(rows, pictures, faces, strict=True):
-        if points is not None:
-            crop = align(picture, points, embedder.size)
+    rows = np.full((len(crops), views * embedder.dim), np.nan)
+    for row, crop in zip(rows, crops, strict=True):
+        if crop is not None:
             both = np.stack([crop, crop[:, ::-1]][:views])
             vectors = embedder.embed(np.ascontiguousarray(both)).astype(np.float64)
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
