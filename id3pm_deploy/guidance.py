@@ -71,10 +71,11 @@ class Others:
     blend: Float64
     negative: Float64
 
-    def of(self, samples: Sequence[int]) -> Others:
+    def part(self, samples: slice | list[int]) -> Others:
         """Those of some samples."""
-        chosen = list(samples)
-        return Others(self.identity[chosen], self.blend[chosen], self.negative[chosen])
+        return Others(
+            self.identity[samples], self.blend[samples], self.negative[samples]
+        )
 
 
 SCHEDULES: dict[str, Callable[[Float64], Float64]] = {

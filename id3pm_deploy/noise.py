@@ -100,10 +100,10 @@ class NoiseAddress:
                 "a variation's strength must be from 0 to 1",
                 why=f"it is {self.variation}",
             )
-        if not 0 <= self.variant < 1 << 32:
+        if not 0 <= self.variant < 1 << 32 or not 0 <= self.sample < 1 << 63:
             raise InputError(
-                "a variation's number must be from 0 to 2**32 - 1",
-                why=f"it is {self.variant}",
+                "numbers of samples and variations must not be negative or enormous",
+                why=f"they are {self.sample} and {self.variant}",
             )
 
 

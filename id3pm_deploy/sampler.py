@@ -188,7 +188,7 @@ def job_plan(job: SampleJob, samples: Sequence[int]) -> GuidancePlan:
     """
     identity = np.ascontiguousarray(job.identity[list(samples)])
     times = job.table.timesteps
-    others = None if job.others is None else job.others.of(samples)
+    others = None if job.others is None else job.others.part(list(samples))
     moved = None
     if job.anneal is not None:
         numbers = [job.first_sample + i for i in samples]
