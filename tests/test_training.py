@@ -17,15 +17,15 @@ from PIL import Image
 from id3pm_deploy.errors import InputError, TrainingError
 from id3pm_deploy.identity.embedders import Embedder
 from id3pm_deploy.reference.checkpoint import load_checkpoint
-from id3pm_deploy.training import loop, run
+from id3pm_deploy.training import run
 from id3pm_deploy.training.batches import Batches
 from id3pm_deploy.training.config import TrainingConfig
+from id3pm_deploy.training.ema import Ema
 from id3pm_deploy.training.faces import TrainingFaces, load_faces
-from id3pm_deploy.training.loop import work_folder
 from id3pm_deploy.training.losses import DiffusionLoss, Losses
 from id3pm_deploy.training.run import train
 from id3pm_deploy.training.sheet import spread_over_folders
-from id3pm_deploy.training.state import Ema
+from id3pm_deploy.training.trainer import Trainer, work_folder
 
 SMALL = TrainingConfig(
     image_size=16,
@@ -85,14 +85,14 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 ) -> None:
     fr, parts = MeanColour(), tmp_path / "parts"
     train([fake_faces], tmp_path / "whole", SMALL, fr)
-    one_step = loop.Trainer.train_step
+    one_step = Trainer.train_step
 
-    def interrupted(self: loop.Trainer, *batch: torch.Tensor) -> float:
+    def interrupted(self: Trainer, *batch: torch.Tensor) -> dict[str, float]:
         if self.step == 4:
             raise KeyboardInterrupt
         return one_step(self, *batch)
 
-    monkeypatch.setattr(loop.Trainer, "train_step", interrupted)
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train([fake_faces], parts, SMALL, fr)
     middle = _weights(parts)
@@ -199,16 +199,16 @@ def test_weights_that_are_not_finite_do_not_replace_the_state(
     train([fake_faces], out, SMALL, MeanColour())
     state = work_folder(out) / "state.safetensors"
     before = state.read_bytes()
-    one_step = loop.Trainer.train_step
+    one_step = Trainer.train_step
 
-    def broken(self: loop.Trainer, *batch: torch.Tensor) -> float:
+    def broken(self: Trainer, *batch: torch.Tensor) -> dict[str, float]:
         loss = one_step(self, *batch)
         if self.step == 9:
             with torch.no_grad():
                 next(self.network.parameters()).fill_(float("nan"))
         return loss
 
-    monkeypatch.setattr(loop.Trainer, "train_step", broken)
+    monkeypatch.setattr(Trainer, "train_step", broken)
     more = dataclasses.replace(SMALL, steps=9)
     with pytest.raises(TrainingError, match="not finite at step 9"):
         train([fake_faces], out, more, MeanColour(), resume=True)
@@ -303,15 +303,15 @@ def test_identity_noise_keeps_the_norm_and_the_direction() -> None:
 
 def test_ema_and_learning_rate() -> None:
     network = torch.nn.Linear(1, 1, bias=False)
-    ema = Ema(network)
+    ema = Ema(network, 0.75)
     before = network.weight.detach().clone()
     with torch.no_grad():
         network.weight += 1.0
-    ema.update(network, 0.75)
+    ema.update(network, 10**6)
     assert torch.allclose(ema.tensors["weight"], before + 0.25)
-    config = TrainingConfig(steps=1000, warmup_steps=100, ema_decay=0.999)
-    assert config.ema_decay_at(0) == 0.1
-    assert config.ema_decay_at(10**6) == 0.999
+    assert Ema(network, 0.999).decay_at(0) == 0.1
+    assert Ema(network, 0.999).decay_at(10**6) == 0.999
+    config = TrainingConfig(steps=1000, warmup_steps=100)
     assert config.learning_rate_at(0) == pytest.approx(5e-6)
     assert config.learning_rate_at(300) == 5e-4
     assert config.learning_rate_at(1000) == pytest.approx(5e-5)

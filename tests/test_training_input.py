@@ -20,13 +20,13 @@ from id3pm_deploy.errors import Id3pmError, InputError, OutputError, TrainingErr
 from id3pm_deploy.reference.checkpoint import save_checkpoint
 from id3pm_deploy.reference.unet import IdentityUNet
 from id3pm_deploy.training import faces as faces_module
-from id3pm_deploy.training import loop, run
+from id3pm_deploy.training import run
 from id3pm_deploy.training.batches import Batches
 from id3pm_deploy.training.config import TrainingConfig
 from id3pm_deploy.training.faces import load_faces, picture_paths
-from id3pm_deploy.training.loop import work_folder
 from id3pm_deploy.training.run import train
 from id3pm_deploy.training.start import diffusion_spec, settings_of
+from id3pm_deploy.training.trainer import Trainer, work_folder
 
 CALLABLE = "def colour(faces): return faces.mean(axis=(1, 2)) + 1.0"
 
@@ -68,6 +68,13 @@ NAN, INFINITY = float("nan"), float("inf")
         {"identity_noise": -1.0},
         {"processes": 3},
         {"processes": 0},
+        {"accumulation": 3},
+        {"processes": 2, "accumulation": 4},
+        {"ema_decays": (0.99, 1.0)},
+        {"ema_decays": (0.9,)},
+        {"precision": "float64"},
+        {"precision": "float16"},
+        {"device": "cuda:1", "processes": 2},
         {"learning_rate": 0.0},
         {"learning_rate": NAN},
         {"final_learning_rate": -1.0},
@@ -94,7 +101,6 @@ NAN, INFINITY = float("nan"), float("inf")
         {"normalisation": "whitened"},
         {"storage": "int8"},
         {"device": "meta"},
-        {"device": "cuda", "processes": 2},
         {"title": "two\nlines"},
         {"title": "x" * 201},
     ],
@@ -242,7 +248,7 @@ def test_a_checkpoint_of_the_same_kind_is_a_start(
     first = initial(tmp_path / "first", changed(title="Other", seed=3), fr)
     fr.name = "renamed"
     monkeypatch.setattr(run, "load_faces", lambda *_, **__: _faces())
-    seen: list[loop.Trainer] = []
+    seen: list[Trainer] = []
     monkeypatch.setattr(run, "run_steps", lambda trainer, _: seen.append(trainer))
     train([tmp_path], tmp_path / "run", SMALL, fr, initial=first)
     wanted = load_file(first / "model.safetensors")

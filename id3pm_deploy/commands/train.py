@@ -52,7 +52,13 @@ def _numbers(kind: type) -> Any:
 @option("--final-learning-rate", default=5e-5)
 @option("--warmup-steps", default=200)
 @option("--weight-decay", default=0.01)
-@option("--ema-decay", default=0.9995)
+@option("--ema-decay", default=0.9995, help="Of the average that CHECKPOINT holds.")
+@option(
+    "--ema-decays",
+    default="",
+    callback=_numbers(float),
+    help="Decays of further averages, kept in OUT.training.",
+)
 @option("--condition-dropout", default=0.1, help="Share trained without identity.")
 @option("--identity-noise", default=0.0, help="Noise on the vector, per entry.")
 @option("--identity-jitter", default=1, help="Shifted crops embedded a face.")
@@ -61,9 +67,21 @@ def _numbers(kind: type) -> Any:
 @option("--seed", default=0)
 @option("--save-every", default=250, help="Steps between saves.")
 @option("--sheet-every", default=1000, help="Steps between contact sheets.")
+@option("--tensorboard/--no-tensorboard", default=False, help="Log for TensorBoard.")
 @option("--compile/--no-compile", default=False, help="Use torch.compile.")
-@option("--device", default="cpu")
-@option("--processes", default=1, help="CPU processes that share each batch.")
+@option("--device", default="cpu", help="cpu, cuda, cuda:1, mps or xpu.")
+@option(
+    "--processes",
+    default=1,
+    help="Processes that share each batch: of a CPU, or with --device cuda a GPU each.",
+)
+@option("--accumulation", default=1, help="Pieces of each process's share of a batch.")
+@option(
+    "--precision",
+    default="float32",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the network's arithmetic (mixed precision by accelerate).",
+)
 @option(
     "--threads",
     default=0,
@@ -98,10 +116,11 @@ def command(
 
     require("torch", extra="train")
     require("diffusers", extra="train")
+    require("accelerate", extra="train")
     from ..identity.embedders import load_embedder
     from ..training.config import TrainingConfig
-    from ..training.loop import work_folder
     from ..training.run import train
+    from ..training.trainer import work_folder
 
     config = TrainingConfig(**settings)
     embedder = load_embedder(fr_model)

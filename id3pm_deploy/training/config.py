@@ -31,11 +31,13 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "save_every": (1, _MOST),
     "sheet_every": (1, _MOST),
     "processes": (1, 256),
+    "accumulation": (1, 65536),
 }
 _CHOICES = {
     "prediction_type": ("epsilon", "x0", "v"),
     "schedule": ("cosine", "linear"),
     "normalisation": ("raw", "unit", "unit_sqrt_dim"),
+    "precision": ("float32", "bfloat16", "float16"),
     "storage": ("float32", "float16"),
 }
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d{1,3})?")
@@ -55,8 +57,12 @@ class TrainingConfig:
     identity vector (whose entries have variance 1) before it is scaled back to its
     norm; it keeps a small data set from being learned by heart. ``identity_jitter``
     is how many slightly shifted crops of each face are embedded for the same reason.
-    ``processes`` share each batch between them on a CPU: one a core is faster and
-    steadier there than one process with as many threads. ``storage`` is of the
+    ``processes`` share each batch between them: on a CPU one a core is faster and
+    steadier than one process with as many threads, with ``cuda`` each has a GPU. Each
+    takes its share in ``accumulation`` pieces, which need less memory and give the same
+    gradient. ``precision`` is of the network's arithmetic in training; weights and
+    averages are float32. ``ema_decays`` are those of further averages, kept beside the
+    CHECKPOINT's in the work folder. ``storage`` is of the
     CHECKPOINT's weights, which carries ``title``; the state is always float32.
     ``vlb_weight`` (of the hybrid loss, with learned variance only) and
     ``min_snr_gamma`` (0: no weighting) are those of :class:`.losses.DiffusionLoss`.
@@ -87,6 +93,7 @@ class TrainingConfig:
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     ema_decay: float = 0.9995
+    ema_decays: tuple[float, ...] = ()
     condition_dropout: float = 0.1
     identity_noise: float = 0.0
     identity_jitter: int = 1
@@ -98,6 +105,9 @@ class TrainingConfig:
     compile: bool = False
     device: str = "cpu"
     processes: int = 1
+    accumulation: int = 1
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    tensorboard: bool = False
     storage: Literal["float32", "float16"] = "float32"
     title: str = ""
 
@@ -106,9 +116,16 @@ class TrainingConfig:
             value = getattr(self, name)
             if not low <= value <= high:  # NaN fails as well
                 raise _refused(name, f"from {low} to {high}", value)
-        for name in ("condition_dropout", "ema_decay", "model_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise _refused(name, "in [0, 1)", getattr(self, name))
+        shares = {
+            name: getattr(self, name)
+            for name in ("condition_dropout", "ema_decay", "model_dropout")
+        }
+        shares |= {f"ema_decays {place}": d for place, d in enumerate(self.ema_decays)}
+        for name, value in shares.items():
+            if not 0.0 <= value < 1.0:
+                raise _refused(name, "in [0, 1)", value)
+        if len({self.ema_decay, *self.ema_decays}) != 1 + len(self.ema_decays):
+            raise _refused("ema_decays", "different from each other", self.ema_decays)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise _refused(
@@ -119,13 +136,27 @@ class TrainingConfig:
             raise _refused("title", "at most 200 printable characters", self.title)
         if not _DEVICE.fullmatch(self.device):
             raise _refused("device", "such as cpu, cuda or cuda:1", self.device)
-        if self.batch_size % self.processes:
+        self._check_devices()
+
+    def _check_devices(self) -> None:
+        if self.batch_size % (self.processes * self.accumulation):
             raise InputError(
-                "the batch size must be a multiple of the processes",
-                why=f"they are {self.batch_size} and {self.processes}",
+                "the batch size must be a multiple of the processes, and of the pieces "
+                "that each accumulates",
+                why=f"they are {self.batch_size}, {self.processes} and "
+                f"{self.accumulation}",
             )
-        if self.processes > 1 and self.device != "cpu":
-            raise InputError("several processes are for training on a CPU")
+        if self.processes > 1 and self.device not in ("cpu", "cuda"):
+            raise InputError(
+                "several processes train on the CPU, or on one GPU each",
+                why=f"the device is {self.device}",
+                fix="use --device cpu or --device cuda",
+            )
+        if self.precision == "float16" and self.device == "cpu":
+            raise InputError(
+                "float16 is not for training on a CPU",
+                fix="use --precision float32 or bfloat16",
+            )
 
     def _check_lists(self) -> None:
         for name in ("channel_multipliers", "attention_resolutions"):
@@ -149,7 +180,3 @@ class TrainingConfig:
         return self.learning_rate + fall * (
             self.final_learning_rate - self.learning_rate
         )
-
-    def ema_decay_at(self, step: int) -> float:
-        """EMA decay with warm-up, so that early weights do not linger."""
-        return min(self.ema_decay, (1 + step) / (10 + step))

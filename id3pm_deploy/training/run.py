@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,8 +19,9 @@ from ..files import make_folder, output_error, write_json
 from ..identity.embedders import Embedder
 from .batches import face_weights
 from .config import TrainingConfig
+from .devices import join_fellows, open_accelerator
 from .faces import TrainingFaces, load_faces
-from .loop import Plan, Trainer, TrainingResult, run_steps, work_folder
+from .loop import TrainingResult, run_steps
 from .start import (
     SETTINGS_NAME,
     check_machine,
@@ -29,6 +30,7 @@ from .start import (
     initial_weights,
     settings_of,
 )
+from .trainer import Plan, Trainer, work_folder
 
 CACHE_NAME = "faces.npz"
 _OUR_ERROR = re.compile(r"^id3pm_deploy\.errors\.\w+: (.*)", re.MULTILINE | re.DOTALL)
@@ -88,8 +90,14 @@ def train(
     write_json(work / SETTINGS_NAME, settings_of(config, embedder))
     plan = Plan(config, spec, out, resume, weights, threads)
     if config.processes == 1:
-        return run_steps(Trainer(plan), faces)
+        return _run_here(plan, faces)
     return _run_processes(plan, faces)
+
+
+def _run_here(plan: Plan, faces: TrainingFaces) -> TrainingResult:
+    """Train in this process, alone or with the fellows it has joined."""
+    with open_accelerator(plan.config, plan.threads) as accelerator:
+        return run_steps(Trainer(plan, accelerator), faces)
 
 
 def _run_processes(plan: Plan, faces: TrainingFaces) -> TrainingResult:
@@ -115,12 +123,8 @@ def _run_processes(plan: Plan, faces: TrainingFaces) -> TrainingResult:
 def _process(
     rank: int, plan: Plan, faces: TrainingFaces, meeting: str, answer: Path
 ) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=plan.config.processes
-    )
-    torch.set_num_threads(plan.threads or 1)
-    result = run_steps(Trainer(plan, rank), faces)
+    join_fellows(meeting, rank, plan.config)
+    result = _run_here(replace(plan, threads=plan.threads or 1), faces)
     if rank == 0:
         write_json(answer, asdict(result))
     torch.distributed.destroy_process_group()

@@ -19,15 +19,15 @@ from ..reference.checkpoint import load_checkpoint
 from ..reference.unet import IdentityUNet
 from ..spec import DiffusionSpec, IdentitySpec, ModelSpec, ScheduleSpec
 from .config import TrainingConfig
-from .loop import work_folder
 from .state import STATE_NAME
+from .trainer import work_folder
 
 SETTINGS_NAME = "settings.json"
 _MAX_THREADS = 1024
 # What may change when a run goes on.
 _FREE = {
     *("steps", "shares", "save_every", "sheet_every", "compile", "device"),
-    *("processes", "storage", "title"),
+    *("processes", "accumulation", "precision", "tensorboard", "storage", "title"),
 }
 
 
@@ -145,15 +145,17 @@ def check_machine(
         )
     try:
         torch.zeros(1, device=config.device)
+        if config.device == "cuda" and config.processes > torch.cuda.device_count():
+            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
             f"the device {config.device} cannot be used",
             why=(str(error).splitlines() or ["torch does not say why"])[0],
-            fix="use --device cpu",
+            fix="use --device cpu, or fewer --processes",
         ) from error
     try:
         with torch.device("meta"):  # no memory is taken
-            IdentityUNet(spec.model, spec.identity.dim)
+            IdentityUNet(spec.model, spec.condition_dim)
     except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
         raise InputError(
             "these settings do not make a network that can be built", why=str(error)

@@ -1,13 +1,16 @@
 """The resumable state of a run: one safetensors file, no pickle.
 
 All randomness of step k is drawn from seeds made of (seed, k), so nothing but the
-tensors and the step number has to be kept for a run to go on exactly.
+tensors, the step number and the loss scale of float16 has to be kept for a run to go
+on exactly.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -16,36 +19,21 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..files import write_bytes
+from .ema import Ema
 
 STATE_NAME = "state.safetensors"
 _DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError)
 
 
-class Ema:
-    """Exponential moving average of a network's parameters, in float32."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.tensors = {
-            name: tensor.detach().clone()
-            for name, tensor in network.state_dict().items()
-        }
-
-    @torch.no_grad()
-    def update(self, network: nn.Module, decay: float) -> None:
-        """Move the average towards ``network`` by 1 - ``decay``."""
-        current = network.state_dict()
-        names = list(self.tensors)
-        torch._foreach_lerp_(
-            [self.tensors[name] for name in names],
-            [current[name] for name in names],
-            1.0 - decay,
-        )
-
-
 def save_state(
-    folder: Path, step: int, network: nn.Module, ema: Ema, optimizer: torch.optim.AdamW
+    folder: Path,
+    step: int,
+    network: nn.Module,
+    averages: Sequence[Ema],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
-    """Write weights, average and optimizer moments after ``step`` steps.
+    """Write weights, averages and optimizer moments after ``step`` steps.
 
     Raises:
         TrainingError: A weight or its average is NaN or infinite; the state that was
@@ -53,7 +41,8 @@ def save_state(
         OutputError: The file cannot be written.
     """
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.tensors.items()}
+    for place, ema in enumerate(averages):
+        tensors |= {f"{_prefix(place)}{k}": v for k, v in ema.tensors.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise TrainingError(
@@ -65,13 +54,19 @@ def save_state(
         tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
     kept = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     metadata = {"step": json.dumps(step)}
+    if scaler is not None:
+        metadata["scaler"] = json.dumps(scaler.state_dict())
     write_bytes(folder / STATE_NAME, tensors_to_bytes(kept, metadata=metadata), 0o600)
 
 
 def load_state(
-    folder: Path, network: nn.Module, ema: Ema, optimizer: torch.optim.AdamW
+    folder: Path,
+    network: nn.Module,
+    averages: Sequence[Ema],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> int:
-    """Read what :func:`save_state` wrote into the three objects.
+    """Read what :func:`save_state` wrote into the objects.
 
     Returns:
         The number of steps done.
@@ -83,15 +78,20 @@ def load_state(
     try:
         with safetensors.safe_open(path, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            step = int(json.loads((handle.metadata() or {})["step"]))
+            metadata = handle.metadata() or {}
+        step = int(json.loads(metadata["step"]))
         if step < 0:
             raise ValueError(f"its step is {step}")
-        averaged = _under(tensors, "ema.")
-        _check_shapes(averaged, ema.tensors)
+        averaged = [_under(tensors, _prefix(place)) for place in range(len(averages))]
+        for found, ema in zip(averaged, averages, strict=True):
+            _check_shapes(found, ema.tensors)
         network.load_state_dict(_under(tensors, "network."))
-        for name, tensor in averaged.items():
-            ema.tensors[name].copy_(tensor)
+        for found, ema in zip(averaged, averages, strict=True):
+            for name, tensor in found.items():
+                ema.tensors[name].copy_(tensor)
         optimizer.load_state_dict(_optimizer_state(tensors, optimizer))
+        if scaler is not None and "scaler" in metadata:
+            scaler.load_state_dict(json.loads(metadata["scaler"]))
     except (safetensors.SafetensorError, *_DAMAGED) as error:
         raise TrainingError(
             f"cannot resume from {path}",
@@ -99,6 +99,11 @@ def load_state(
             fix="check that the settings are those of the run, or start afresh",
         ) from error
     return step
+
+
+def _prefix(place: int) -> str:
+    """How the tensors of an average are called; the first is the CHECKPOINT's."""
+    return f"ema{place}." if place else "ema."
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -114,8 +119,8 @@ def _check_shapes(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def _optimizer_state(
-    tensors: dict[str, Tensor], optimizer: torch.optim.AdamW
-) -> dict[str, object]:
+    tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _under(tensors, "optimizer.").items():
         index, key = name.split(".", 1)
