@@ -38,7 +38,7 @@ def load_model(name: str) -> DiffusionSpec:
 def parameter_count(spec: DiffusionSpec) -> int:
     """Number of weights; takes no memory for them."""
     with torch.device("meta"):
-        network = IdentityUNet(spec.model, spec.identity.dim)
+        network = IdentityUNet(spec.model, spec.condition_dim)
     return sum(weight.numel() for weight in network.parameters())
 
 
@@ -50,7 +50,7 @@ def random_network(spec: DiffusionSpec, seed: int = 0) -> IdentityUNet:
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        network = IdentityUNet(spec.model, spec.identity.dim)
+        network = IdentityUNet(spec.model, spec.condition_dim)
         for weight in network.parameters():
             if weight.min() == weight.max():
                 weight.add_(torch.randn_like(weight), alpha=0.1)

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from . import defaults
 from .arguments import Guidance, Solver, count_with, guidance_of, one_each, solver_of
+from .attributes import Attributes, Stated, known_to
 from .batch import Batch, Picture, check_finite, joined
 from .enlarging import enlarged_mark, low_res_from_pixels
 from .errors import EngineError, InputError
@@ -163,6 +164,7 @@ class Sampler:
         self,
         identities: Identities = None,
         *,
+        attributes: Stated = (),
         count: int = defaults.COUNT,
         guidance: Guidance | None = None,
         steps: int | None = None,
@@ -186,6 +188,9 @@ class Sampler:
         Args:
             identities: An identity file, its path, or raw vectors [n, D]; None makes
                 unconditional pictures.
+            attributes: Values by name, as ``{"age": 30}``, of all pictures alike, or
+                one such mapping an identity (a picture where there is none). What is
+                left out is not stated, and left to the model.
             count: Pictures of each identity.
             guidance: Scale or settings; None: what suits the model.
             steps: Solver steps; None: 50, or those of a ``solver`` that has them.
@@ -208,7 +213,7 @@ class Sampler:
         spec = self.model.spec
         count = count_with(spec, low_res, count)
         file = identities_of(spec, identities)
-        wanted = one_each(wanted_of(spec, file, count), low_res)
+        wanted = one_each(wanted_of(spec, file, count, attributes), low_res)
         settings = SampleSettings(
             solver_of(solver, steps, defaults.STEPS),
             guidance_of(guidance, spec),
@@ -228,7 +233,8 @@ class Sampler:
                 batch_size=sr_batch_size,
             )
             table = solver_table(own, settings.solver)
-            second = StagePlan(settings, table, wanted_of(own, file, count))
+            stated = known_to(own.attributes, attributes)
+            second = StagePlan(settings, table, wanted_of(own, file, count, stated))
         return self._batches(first, second, 0, low_res, limits)
 
     def sample_all(
@@ -318,6 +324,7 @@ class Sampler:
                 pixels=made.pixels,
                 images=images,
                 on_device=made.on_device,
+                attributes=first.wanted.attributes[chosen.start : chosen.stop],
                 failed=made.failed,
                 marks=made.marks,
                 seconds=time.perf_counter() - begun,
@@ -329,6 +336,7 @@ class Sampler:
         self,
         identity: Identities = None,
         *,
+        attributes: Attributes | None = None,
         steps: int | None = None,
         guidance: Guidance | None = None,
         seed: int = 0,
@@ -350,6 +358,7 @@ class Sampler:
 
         Args:
             identity: Of one person; None makes an unconditional picture.
+            attributes: Values by name, as ``{"age": 30}``.
             steps, guidance, seed, solver: As for :meth:`sample`.
             sample: Number of the sample, which is a part of its noise's address.
             deadline: Of the whole, by ``time.monotonic``.
@@ -370,7 +379,8 @@ class Sampler:
         settings = SampleSettings(
             solver_of(solver, steps, defaults.STEPS), guidance_of(guidance, spec), seed
         )
-        wanted = wanted_of(spec, file, count)
+        stated = attributes or {}
+        wanted = wanted_of(spec, file, count, stated)
         enlarges = self._second if enlarge else None
         if enlarges is not None:
             own = enlarges.model.spec
@@ -379,7 +389,8 @@ class Sampler:
                 guidance_of(sr_guidance, own),
                 seed,
             )
-            large = plan_of_one(enlarges, chosen, wanted_of(own, file, 1))
+            few = known_to(own.attributes, stated)
+            large = plan_of_one(enlarges, chosen, wanted_of(own, file, 1, few))
         plan = plan_of_one(self._stage, settings, wanted)
         small = None if low_res is None else low_res_from_pixels(low_res)
         picture = await served(self._stage, plan, sample, small, deadline)

@@ -35,7 +35,7 @@ def guidance_of(guidance: Guidance | None, spec: DiffusionSpec) -> GuidanceSetti
         guidance = defaults.GUIDANCE
         if spec.model.low_res_size is not None:
             guidance = defaults.SR_GUIDANCE
-        if not spec.identity.dim:
+        if not spec.condition_dim:
             guidance = 1.0
     return GuidanceSettings(float(guidance))
 
@@ -73,5 +73,4 @@ def one_each(wanted: Conditions, low_res: Pixels | None) -> Conditions:
             f"there must be one identity for all {len(low_res)} pictures, or one each",
             why=f"there are {len(wanted.ids)}",
         )
-    identity = wanted.identity.repeat(len(low_res), axis=0)
-    return Conditions(identity, wanted.ids * len(low_res))
+    return wanted.repeated(len(low_res))

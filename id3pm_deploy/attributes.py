@@ -21,6 +21,8 @@ from .spec import AttributeSpec
 Float32 = npt.NDArray[np.float32]
 Attributes = Mapping[str, float | str]
 """Values of one picture by the attributes' names; what is missing is not stated."""
+Stated = Attributes | Sequence[Attributes]
+"""Those of all pictures alike, or of one identity after the other; ``()``: none."""
 
 
 def encode_attributes(
@@ -36,18 +38,36 @@ def encode_attributes(
         InputError: A name is unknown, a number out of its range or none, or a category
             unknown.
     """
-    columns = np.zeros((len(rows), sum(spec.columns for spec in specs)))
-    places, start = {}, 0
-    for spec in specs:
-        places[spec.name] = (spec, start)
-        start += spec.columns
-    for encoded, row in zip(columns, rows, strict=True):
-        for name, value in row.items():
-            if name not in places:
-                raise _unknown(specs, name)
-            spec, start = places[name]
-            encoded[start : start + spec.columns] = _encoded(spec, value)
-    return columns.astype(np.float32)
+    names = {spec.name for spec in specs}
+    columns = []
+    for row in rows:
+        if unknown := [name for name in row if name not in names]:
+            raise _unknown(specs, unknown[0])
+        columns.append([number for spec in specs for number in _encoded(spec, row)])
+    width = sum(spec.columns for spec in specs)
+    return np.array(columns, np.float32).reshape(len(rows), width)
+
+
+def of_each(stated: Stated, count: int) -> tuple[Attributes, ...]:
+    """The attributes of each of ``count`` identities.
+
+    Raises:
+        InputError: There are several, and not one for each.
+    """
+    rows = (stated,) if isinstance(stated, Mapping) else tuple(stated) or ({},)
+    if len(rows) not in (1, count):
+        raise InputError(
+            f"there must be attributes for all {count} identities alike, or for each",
+            why=f"there are {len(rows)}",
+        )
+    return rows if len(rows) == count else rows * count
+
+
+def known_to(specs: Sequence[AttributeSpec], stated: Stated) -> tuple[Attributes, ...]:
+    """Of what is stated, what a second stage knows, which need not be all."""
+    names = {spec.name for spec in specs}
+    rows = (stated,) if isinstance(stated, Mapping) else stated
+    return tuple({n: v for n, v in row.items() if n in names} for row in rows)
 
 
 def parse_attributes(
@@ -87,7 +107,7 @@ def parse_value(spec: AttributeSpec, text: str) -> float | str:
             value = float(text)
         except ValueError:
             raise _not_a_number(spec, text) from None
-    _encoded(spec, value)
+    _encoded(spec, {spec.name: value})
     return value
 
 
@@ -98,24 +118,27 @@ def described(spec: AttributeSpec) -> str:
     return f"{spec.name}={'|'.join(spec.categories)}"
 
 
-def _encoded(spec: AttributeSpec, value: float | str) -> npt.NDArray[np.float64]:
-    """The attribute's columns [columns] for a value."""
+def _encoded(spec: AttributeSpec, row: Attributes) -> list[float]:
+    """One attribute's columns."""
+    if spec.name not in row:
+        return [0.0] * spec.columns
+    value: object = row[spec.name]
     if spec.kind == "categorical":
         if value not in spec.categories:
             raise InputError(
                 f"the attribute {spec.name!r} cannot be {value!r:.60}",
                 fix=f"use one of {some_of(spec.categories)}",
             )
-        return (np.arange(spec.columns) == spec.categories.index(str(value))) * 1.0
+        return [float(value == one) for one in spec.categories]
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _not_a_number(spec, value)
-    low, high = cast(float, spec.low), cast(float, spec.high)
-    if not low <= float(value) <= high:
+    number, low, high = float(value), cast(float, spec.low), cast(float, spec.high)
+    if not low <= number <= high:
         raise InputError(
             f"the attribute {spec.name!r} must be from {low:g} to {high:g}",
-            why="it is NaN" if math.isnan(value) else f"it is {float(value):g}",
+            why="it is NaN" if math.isnan(number) else f"it is {number:g}",
         )
-    return np.array([2 * (float(value) - low) / (high - low) - 1, 1])
+    return [2 * (number - low) / (high - low) - 1, 1.0]
 
 
 def _not_a_number(spec: AttributeSpec, value: object) -> InputError:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .attributes import Attributes
 from .errors import InputError, NonFiniteError
 from .files import make_folder
-from .generate import Pictures, save_pictures
+from .generate import Pictures, sample_entries, save_pictures
 from .images import PictureMark, save_png, to_uint8
 from .places import Finished
 from .solvers import SolverTable
@@ -43,6 +44,7 @@ class Batch:
         on_device: [B, C, H, W] float32 in the GPU's memory, failed ones 0; stays good
             when the sampler is closed. None where no GPU made it, and where a second
             stage made it in several parts.
+        attributes: What is stated of each; empty for a model without attributes.
     """
 
     samples: tuple[int, ...]
@@ -55,6 +57,7 @@ class Batch:
     record: dict[str, Any] = field(repr=False)
     table: SolverTable = field(repr=False)
     on_device: Any = field(default=None, repr=False)
+    attributes: tuple[Attributes, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -86,11 +89,9 @@ class Batch:
             OutputError: Something cannot be written.
         """
         made = Pictures(self.pixels, self.marks, self.failed, self.seconds, self.table)
-        states = zip(self.samples, self.identities, self.failed, strict=True)
-        samples = [
-            {"sample": number, "identity": who, "failed": bool(bad)}
-            for number, who, bad in states
-        ]
+        samples = sample_entries(
+            self.samples, self.identities, self.failed, self.attributes
+        )
         record = {**self.record, "seconds": round(self.seconds, 4), "samples": samples}
         columns = int(record["count"])
         save_pictures(Path(folder), made, record, columns=columns, force=force)
@@ -109,6 +110,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
         first,
         samples=sum((one.samples for one in batches), ()),
         identities=sum((one.identities for one in batches), ()),
+        attributes=sum((one.attributes for one in batches), ()),
         pixels=np.concatenate([one.pixels for one in batches]),
         images=np.concatenate([one.images for one in batches]),
         failed=np.concatenate([one.failed for one in batches]),

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import __version__, defaults
+from .attributes import Attributes, Stated, encode_attributes, of_each
 from .backends.base import Engine
 from .enlarging import (
     Enlarging,
@@ -89,24 +90,52 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Normalised identity vectors, one a picture, and whose they are.
+    """Conditions, one a picture, and whose they are.
 
-    ``ids`` are the identity file's random ids, or ``unconditional``. The vectors of a
-    model without identity are [n, 0].
+    Attributes:
+        identity: [n, D] float32, normalised identity vectors with the columns of their
+            attributes behind them; [n, 0] of a model without either.
+        ids: The identity file's random ids, or ``unconditional``.
+        attributes: What is stated of each; empty for a model without attributes.
     """
 
     identity: Float32
     ids: tuple[str, ...]
+    attributes: tuple[Attributes, ...] = ()
+
+    def part(self, chosen: slice) -> Conditions:
+        """Those of some pictures."""
+        return Conditions(
+            self.identity[chosen], self.ids[chosen], self.attributes[chosen]
+        )
+
+    def repeated(self, count: int) -> Conditions:
+        """Each of them for ``count`` pictures, which follow each other."""
+        return Conditions(
+            np.repeat(self.identity, count, axis=0),
+            tuple(one for one in self.ids for _ in range(count)),
+            tuple(one for one in self.attributes for _ in range(count)),
+        )
 
 
 def conditions(
-    spec: DiffusionSpec, file: IdentityFile | None, count: int
+    spec: DiffusionSpec,
+    file: IdentityFile | None,
+    count: int,
+    attributes: Stated = (),
 ) -> Conditions:
     """``count`` pictures of every identity in ``file``; None means unconditional.
+
+    Args:
+        spec: Of the model.
+        file: Whose pictures.
+        count: How many of each.
+        attributes: Of all, or of each identity; of each picture where ``file`` is None.
 
     Raises:
         IdentityError: The vectors are of another FR model or dimension, or the model
             takes none.
+        InputError: An attribute is none of the model's, or out of range.
     """
     if file is not None and not spec.identity.dim:
         raise IdentityError(
@@ -116,7 +145,7 @@ def conditions(
         )
     if file is None:
         zeros = np.zeros((count, spec.identity.dim), dtype=np.float32)
-        return Conditions(zeros, (UNCONDITIONAL,) * count)
+        return _with_attributes(spec, zeros, (UNCONDITIONAL,) * count, attributes)
     check_identities(
         file,
         dim=spec.identity.dim,
@@ -124,8 +153,17 @@ def conditions(
         model_sha256=spec.identity.model_sha256,
     )
     vectors = normalise_identities(file.vectors, spec.identity.normalisation)
-    ids = tuple(one for one in file.ids for _ in range(count))
-    return Conditions(np.repeat(vectors, count, axis=0), ids)
+    return _with_attributes(spec, vectors, file.ids, attributes).repeated(count)
+
+
+def _with_attributes(
+    spec: DiffusionSpec, vectors: Float32, ids: tuple[str, ...], attributes: Stated
+) -> Conditions:
+    """Conditions of identity vectors and of what is stated beside them."""
+    rows = of_each(attributes, len(ids))
+    columns = encode_attributes(spec.attributes, rows)
+    whole = np.concatenate([vectors, columns], axis=1)
+    return Conditions(whole, ids, rows if spec.attributes else ())
 
 
 @dataclass(frozen=True)
@@ -296,12 +334,29 @@ def sample_to_folder(
             large.pictures, second.settings, large.engine, second.model
         )
         made = enlarged_pictures(made, large.pictures)
-    record["samples"] = [
-        {"sample": index, "identity": who, "failed": bool(bad)}
-        for index, (who, bad) in enumerate(zip(wanted.ids, made.failed, strict=True))
-    ]
+    numbers = range(len(wanted.ids))
+    record["samples"] = sample_entries(
+        numbers, wanted.ids, made.failed, wanted.attributes
+    )
     save_pictures(out, made, record, columns=settings.count, force=force)
     return made, record
+
+
+def sample_entries(
+    numbers: Sequence[int],
+    ids: Sequence[str],
+    failed: npt.NDArray[np.bool_],
+    attributes: Sequence[Attributes] = (),
+) -> list[dict[str, Any]]:
+    """The ``samples`` of a run record, with attributes where some are stated."""
+    states = zip(numbers, ids, failed, strict=True)
+    entries: list[dict[str, Any]] = [
+        {"sample": number, "identity": who, "failed": bool(bad)}
+        for number, who, bad in states
+    ]
+    for entry, stated in zip(entries, attributes, strict=False):
+        entry.update({"attributes": dict(stated)} if stated else {})
+    return entries
 
 
 def _table_rows(model: Model, settings: SampleSettings, wanted: Conditions) -> int:

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
+from .attributes import Stated, known_to
 from .batch import Picture, finished_picture
 from .enlarging import enlarged_mark, low_res_from_pixels, noise_stage
 from .errors import InputError
@@ -83,13 +84,8 @@ def enlarged_batch(
     parts = []
     for start in range(0, len(chosen), size):
         some = chosen[start : start + size]
-        here = dataclasses.replace(
-            plan,
-            wanted=Conditions(
-                plan.wanted.identity[some.start : some.stop],
-                plan.wanted.ids[some.start : some.stop],
-            ),
-        )
+        own = slice(some.start, some.stop)
+        here = dataclasses.replace(plan, wanted=plan.wanted.part(own))
         low_res = small[start : start + size]
         first = first_sample + some.start
         few = range(len(some))
@@ -153,11 +149,12 @@ def repeat_plans(
     file = whose_in_record(given, todo.identities)
     each = len(todo.identities) if file is None else 1
 
-    def plan(stage: Stage, settings: SampleSettings) -> StagePlan:
-        wanted = wanted_of(stage.model.spec, file, each)
+    def plan(stage: Stage, settings: SampleSettings, stated: Stated) -> StagePlan:
+        wanted = wanted_of(stage.model.spec, file, each, stated)
         return StagePlan(settings, stage.table(settings.solver), wanted)
 
-    first = plan(stage, todo.settings)
+    first = plan(stage, todo.settings, todo.attributes)
     if todo.second is None or second is None:
         return first, None
-    return first, plan(second, todo.second)
+    stated = known_to(second.model.spec.attributes, todo.attributes)
+    return first, plan(second, todo.second, stated)

@@ -186,14 +186,14 @@ def graph_memory(
 
 
 def rows_at_once(spec: DiffusionSpec, samples: int, *, parallel: bool = True) -> int:
-    """UNet rows of guided samples; those of a model without identity are not guided.
+    """UNet rows of guided samples; those of a model without conditions are not guided.
 
     Args:
         spec: The model.
         samples: B.
         parallel: Whether both rows of a sample run at once.
     """
-    return samples * (2 if spec.identity.dim and parallel else 1)
+    return samples * (2 if spec.condition_dim and parallel else 1)
 
 
 def memory_facts(bundle: Bundle, samples: int) -> list[dict[str, Any]]:

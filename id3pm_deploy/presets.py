@@ -39,13 +39,13 @@ class Preset:
 
     def of(self, spec: DiffusionSpec) -> StagePreset:
         """The model's part, fitted to it: no more steps than it has timesteps, and
-        guidance scale 1 without identity."""
+        guidance scale 1 where there is nothing to guide to."""
         enlarges = spec.model.low_res_size is not None
         own = self.super_resolution if enlarges else self.base
         return replace(
             own,
             steps=min(own.steps, spec.schedule.timesteps),
-            guidance=own.guidance if spec.identity.dim else 1.0,
+            guidance=own.guidance if spec.condition_dim else 1.0,
         )
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import __version__
+from .attributes import Attributes
 from .backends.base import EngineInfo
 from .errors import InputError
 from .generate import RECORD_FORMAT, RECORD_VERSION, SampleSettings
@@ -34,6 +35,7 @@ class Repeat:
         identities: Ids of whom each sample shows.
         first_sample: Number of the first sample; the others follow it.
         given: Whether the pictures were made of small ones that were given.
+        attributes: What is stated of each sample.
     """
 
     settings: SampleSettings
@@ -41,6 +43,7 @@ class Repeat:
     identities: tuple[str, ...]
     first_sample: int
     given: bool
+    attributes: tuple[Attributes, ...]
 
 
 def read_record(record: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
@@ -90,6 +93,7 @@ def repeat(record: Mapping[str, Any], model: Model, second: Model | None) -> Rep
         )
     try:
         samples = [(int(s["sample"]), str(s["identity"])) for s in record["samples"]]
+        stated = tuple(dict(s.get("attributes", {})) for s in record["samples"])
         shared = {name: record[name] for name in ("seed", "count")}
         shared["preset"] = record.get("preset")
         own = _settings(record, model, shared)
@@ -108,7 +112,7 @@ def repeat(record: Mapping[str, Any], model: Model, second: Model | None) -> Rep
         )
     whose = tuple(who for _, who in samples)
     given = record.get("low_res") is not None
-    return Repeat(own, other, whose, numbers[0], given)
+    return Repeat(own, other, whose, numbers[0], given, stated)
 
 
 def note_engine(record: Mapping[str, Any], info: EngineInfo) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .attributes import Stated
 from .errors import IdentityError, InputError
 from .generate import UNCONDITIONAL, Conditions, conditions
 from .identity.vectors import IdentityFile, check_vectors, load_identities
@@ -52,16 +53,22 @@ def identities_of(spec: DiffusionSpec, identities: Identities) -> IdentityFile |
     return IdentityFile(raw, ids, own.model_name or "unknown", own.model_sha256)
 
 
-def wanted_of(spec: DiffusionSpec, file: IdentityFile | None, count: int) -> Conditions:
+def wanted_of(
+    spec: DiffusionSpec,
+    file: IdentityFile | None,
+    count: int,
+    attributes: Stated = (),
+) -> Conditions:
     """``count`` pictures of every identity for one stage of a chain; the second one may
-    take none.
+    take none. ``attributes`` are those of all identities, or of each.
 
     Raises:
         IdentityError: The vectors do not fit the model.
+        InputError: The attributes do not.
     """
     if file is None or spec.identity.dim:
-        return conditions(spec, file, count)
-    return conditions(spec, None, count * len(file))
+        return conditions(spec, file, count, attributes)
+    return conditions(spec, None, len(file), attributes).repeated(count)
 
 
 def whose_in_record(

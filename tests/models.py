@@ -58,7 +58,7 @@ def tiny_network(spec: DiffusionSpec, seed: int = 0) -> IdentityUNet:
     """A network with random weights in evaluation mode; none of them is all zeros."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = IdentityUNet(spec.model, spec.identity.dim)
+        network = IdentityUNet(spec.model, spec.condition_dim)
         with torch.no_grad():
             for weight in network.parameters():
                 if not weight.any():
@@ -69,11 +69,13 @@ def tiny_network(spec: DiffusionSpec, seed: int = 0) -> IdentityUNet:
 def random_identity(
     count: int, spec: DiffusionSpec, seed: int = 0
 ) -> npt.NDArray[np.float32]:
-    """[count, D] float32 vectors of length √D."""
-    vectors = np.random.default_rng(seed).normal(size=(count, spec.identity.dim))
+    """[count, D] float32 vectors of length √D, and random numbers for attributes."""
+    generator = np.random.default_rng(seed)
+    vectors = generator.normal(size=(count, spec.identity.dim))
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     scaled = vectors / length * np.sqrt(spec.identity.dim)
-    return np.asarray(scaled, dtype=np.float32)
+    others = generator.normal(size=(count, spec.condition_dim - spec.identity.dim))
+    return np.concatenate([scaled, others], axis=1).astype(np.float32)
 
 
 def run_table(
@@ -155,7 +157,8 @@ def step_states(
 
 
 def checkpoint_spec() -> DiffusionSpec:
-    """A spec with no field at its default, for what goes through files."""
+    """A spec with no field at its default but attributes, for what goes through
+    files."""
     return tiny_spec(
         channel_multipliers=(1, 1),
         num_head_channels=32,

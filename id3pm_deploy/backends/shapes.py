@@ -13,10 +13,11 @@ STEP_OUTPUTS = ("state_next", "x0", "finite")
 
 @dataclass(frozen=True)
 class StepShapes:
-    """Sizes that follow from the model: pictures [C, H, W], identity vectors [D].
+    """Sizes that follow from the model: pictures [C, H, W], conditions [D].
 
-    An ``identity_dim`` of 0 is a model without identity; ``low_res_size`` is the side
-    of the small pictures of a super-resolution model, None for all others.
+    A condition is an identity vector with the attributes' columns behind it; an
+    ``identity_dim`` of 0 is a model without either. ``low_res_size`` is the side of the
+    small pictures of a super-resolution model, None for all others.
     """
 
     channels: int
@@ -47,5 +48,5 @@ def step_shapes(spec: DiffusionSpec) -> StepShapes:
     """The shapes of the step graph of ``spec``."""
     model = spec.model
     return StepShapes(
-        model.image_channels, model.image_size, spec.identity.dim, model.low_res_size
+        model.image_channels, model.image_size, spec.condition_dim, model.low_res_size
     )

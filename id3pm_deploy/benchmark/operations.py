@@ -68,8 +68,8 @@ def products(spec: DiffusionSpec) -> Iterator[Product]:
     yield _conv(pictures * model.image_channels, channels[0], model.image_size)
     yield _linear(model.base_channels, model.embedding_dim)
     yield _linear(model.embedding_dim, model.embedding_dim)
-    if spec.identity.dim:
-        yield _linear(spec.identity.dim, model.embedding_dim)
+    if spec.condition_dim:
+        yield _linear(spec.condition_dim, model.embedding_dim)
     skips = [channels[0]]
     yield from _down(model, skips)
     middle, size = channels[-1], model.image_size >> (len(channels) - 1)

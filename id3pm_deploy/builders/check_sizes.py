@@ -28,8 +28,8 @@ def row_flops(spec: DiffusionSpec) -> float:
     pictures = 1 if model.low_res_size is None else 2
     size = (1, pictures * model.image_channels, model.image_size, model.image_size)
     with torch.device("meta"):
-        network = IdentityUNet(model, spec.identity.dim).eval().to("meta")
-        x, identity = torch.empty(size), torch.empty(1, spec.identity.dim)
+        network = IdentityUNet(model, spec.condition_dim).eval().to("meta")
+        x, identity = torch.empty(size), torch.empty(1, spec.condition_dim)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(x, torch.empty(1), identity)
     return float(counter.get_total_flops())

@@ -88,6 +88,14 @@ replay_option = option(
 )
 
 
+attribute_option = click.option(
+    "--attribute",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="State an attribute of the faces that MODEL knows; repeat it for others.",
+)
+
+
 def say(text: str) -> None:
     """A line for the user, beside what the command prints."""
     click.echo(printable(text), err=True)
@@ -224,7 +232,7 @@ def fit_options(ctx: click.Context, values: dict[str, Any], spec: Any) -> None:
         return
     if spec.model.low_res_size is not None:
         values["guidance"] = SR_GUIDANCE
-    if not spec.identity.dim:
+    if not spec.condition_dim:
         values["guidance"] = 1.0
 
 

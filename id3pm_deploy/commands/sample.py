@@ -24,6 +24,7 @@ from ..defaults import (
 from ..errors import InputError
 from .options import (
     PATH,
+    attribute_option,
     compile_option,
     device_option,
     fit_options,
@@ -40,6 +41,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..attributes import Attributes
     from ..enlarging import Enlarging, GivenPictures
     from ..generate import Conditions, SampleSettings
     from ..identity.vectors import IdentityFile
@@ -54,6 +56,7 @@ _SECOND = ("sr_solver", "sr_steps", "sr_guidance", "sr_batch_size")
 @click.argument("model", type=PATH)
 @click.option("--identity", type=PATH, metavar="FILE.npz", help="What `embed` wrote.")
 @click.option("--unconditional", is_flag=True, help="No identity: the null vector.")
+@attribute_option
 @click.option("--out", required=True, type=PATH, help="Folder for the pictures.")
 @sampling_options
 @option(
@@ -140,6 +143,7 @@ def command(
     A second stage enlarges what the first one makes, in 8 bits: it makes the same of
     the pictures that the first one wrote, given to it with --low-res.
     """
+    from ..attributes import parse_attributes
     from ..generate import check_output, conditions, sample_to_folder
     from ..identity.vectors import load_identities
     from ..models import open_engine, open_model
@@ -160,12 +164,13 @@ def command(
     pictures, count = _given_pictures(ctx, opened, low_res, file)
     batch_size = values["batch_size"]
     settings = sample_settings(values, count=count, batch_size=batch_size)
-    wanted = conditions(opened.spec, file, 1 if pictures else count)
-    if pictures is not None:
-        wanted = _one_each(wanted, len(pictures.low_res))
+    stated = parse_attributes(opened.spec.attributes, values["attribute"])
+    wanted = conditions(opened.spec, file, 1 if pictures else count, stated)
+    if pictures is not None and len(wanted.ids) == 1:
+        wanted = wanted.repeated(len(pictures.low_res))
     check_output(out, force=force)
     opened = _fresh(opened, values)
-    second = _second_stage(ctx, opened, values, settings, file)
+    second = _second_stage(ctx, opened, values, settings, file, stated)
     check_stages(opened, settings, wanted, second, values)
     engine = open_engine(opened, values["backend"], **engine_options)
     _, record = sample_to_folder(
@@ -298,25 +303,19 @@ def _given_pictures(
     return pictures, 1
 
 
-def _one_each(wanted: Any, pictures: int) -> Any:
-    """Conditions of ``pictures`` pictures, of one identity or as many."""
-    if len(wanted.ids) == pictures:
-        return wanted
-    identity = wanted.identity.repeat(pictures, axis=0)
-    return type(wanted)(identity, wanted.ids * pictures)
-
-
 def _second_stage(
     ctx: click.Context,
     model: Model,
     values: dict[str, Any],
     first: Any,
     file: IdentityFile | None,
+    stated: Attributes,
 ) -> Enlarging | None:
     """The second stage, from MODEL's own bundle or from --super-resolution."""
+    from ..attributes import known_to
     from ..enlarging import Enlarging
-    from ..generate import conditions
     from ..models import open_engine, open_second_stage
+    from ..whose import wanted_of
 
     path, stop = values["super_resolution"], values["stages"] == "base"
     if stop and path is not None:
@@ -332,10 +331,10 @@ def _second_stage(
     if path is not None:
         second = _fresh(second, values)
     engine_options = {name: values[name] for name in _ENGINE}
-    of_whom = file if second.spec.identity.dim else None
+    few = known_to(second.spec.attributes, stated)
     return Enlarging(
         second,
         lambda: open_engine(second, values["backend"], **engine_options),
         second_settings(ctx, values, first, second.spec),
-        conditions(second.spec, of_whom, first.count),
+        wanted_of(second.spec, file, first.count, few),
     )

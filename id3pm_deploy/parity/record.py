@@ -98,7 +98,7 @@ def _forward(
     ):
         out = network(*inputs).cpu().numpy()
     made = {"x": x, "t": t, "out": out}
-    made |= {"y": identity} if spec.identity.dim else {}
+    made |= {"y": identity} if spec.condition_dim else {}
     return made | ({} if small is None else {"low_res": small})
 
 

@@ -150,7 +150,7 @@ def convert_tensors(
             fix=_FIX,
         )
     with torch.device("meta"):
-        wanted = IdentityUNet(spec.model, spec.identity.dim).state_dict()
+        wanted = IdentityUNet(spec.model, spec.condition_dim).state_dict()
     sources = {ours: their_name(ours) for ours in wanted}
     missing = sorted({theirs for theirs, _ in sources.values()} - set(tensors))
     unexpected = sorted(set(tensors) - {theirs for theirs, _ in sources.values()})

@@ -104,6 +104,11 @@ class IdentityUNet(nn.Module):
     The forward pass is UNet2DModel's own, written out so that an export can put the
     embeddings in another form (:mod:`.export_form`). It has no opinion on data types:
     where the body is not float32, hooks of :mod:`.precision` cast.
+
+    Args:
+        spec: Its shape.
+        identity_dim: Numbers D of a condition: an identity vector and the columns of
+            attributes behind it, which share the projection. 0: it has none.
     """
 
     def __init__(self, spec: ModelSpec, identity_dim: int) -> None:
@@ -138,8 +143,8 @@ class IdentityUNet(nn.Module):
             x: [R, C, H, W], noisy images; [R, 2C, H, W] of a super-resolution model,
                 whose enlarged pictures are the second half.
             timesteps: [R], may be fractional.
-            identity: [R, D], normalised identity vectors; zeros for the null one. Not
-                used by a model without identity.
+            identity: [R, D], normalised identity vectors, each with its attributes
+                behind it; zeros for the null one. Not used by a model without either.
 
         Returns:
             [R, C or 2C, H, W] float32: the prediction and, with learned variance, the
