@@ -47,6 +47,12 @@ the others were measured; export/README.md has the figures."""
 ORACLE = 1e-4
 """The reference's tables against diffusers' schedulers, both in float32."""
 
+IDENTITY_DROP = 0.005
+"""How much less alike to their people an engine's pictures may be than the reference's:
+the upper 95 % bound of the mean drop of the cosine, over pairs of the same noise."""
+IDENTITY_SAMPLES = 256
+"""Pairs that takes, at least."""
+
 
 def check_ceiling(precision: str, step: float, trajectory: float) -> None:
     """Refuse a recipe that would let more pass than the project does.

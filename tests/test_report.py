@@ -243,11 +243,15 @@ def test_the_json_has_these_keys(tmp_path: Path) -> None:
         "identity_name",
         "identity_reference",
         "identity_engine",
+        "identity_pairs",
+        "identity_drop",
+        "identity_drop_upper",
+        "identity_drop_limit",
         "trajectories",
         "subject",
         "comparisons",
     ]
-    assert (a["format"], a["format_version"]) == ("id3pm-parity", 2)
+    assert (a["format"], a["format_version"]) == ("id3pm-parity", 3)
     assert (a["passed"], b["passed"]) == (True, False)
     assert b["failures"] == list(report(final=math.nan).failures)
     assert a["single_max_rel"] is a["unsaturated_max_rel"] is None

@@ -10,6 +10,7 @@ import click
 
 from ..defaults import BACKENDS, COUNT, PRECISIONS
 from ..errors import InputError, ParityError
+from ..tolerances import IDENTITY_DROP, IDENTITY_SAMPLES
 from .options import (
     PATH,
     fit_options,
@@ -67,6 +68,12 @@ _MEANINGLESS = {
 @option("--tolerance-step", type=float, help="Tighter than the graph's.")
 @option("--tolerance-trajectory", type=float, help="Tighter than the graph's.")
 @click.option("--judge", metavar="SPEC", help="FR model that scores the identity.")
+@option(
+    "--judge-samples",
+    default=IDENTITY_SAMPLES,
+    help="Pictures of each side over which --judge may find the engine's less alike to "
+    f"their people by {IDENTITY_DROP:g} at most; 0: leave that out.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def command(
@@ -87,6 +94,8 @@ def command(
     a side is PyTorch in float32, diffusers' own scheduler is compared as well. OUT gets
     index.html, parity.json, parity.md and parity.png. The exit status is 1 when an
     error is past its tolerance, which options can tighten and nothing can loosen.
+    With --identity and --judge, many more pictures are made on the same noise, and the
+    engine's must be as much alike to their people as the reference's.
 
     Of a chain, one stage is compared at a time. Two BUNDLEs, or a BUNDLE and recorded
     data, need no PyTorch. With both --golden and
@@ -101,7 +110,7 @@ def command(
     if out is None:
         raise InputError("--out is missing", fix="give a folder for the report")
     if golden is not None:
-        unused = ("identity", "judge", "count", *_sampling_names())
+        unused = ("identity", "judge", "judge_samples", "count", *_sampling_names())
         _refuse_unused(ctx, "golden", unused)
     report = _compare(ctx, model, against, golden, out, values)
     if as_json:
@@ -205,6 +214,7 @@ def _compare(
             settings=sample_settings(values, count=values["count"]),
             identity=values["identity"],
             judge=values["judge"],
+            judge_samples=values["judge_samples"] if values["judge"] else 0,
             tolerances=tighter,
         ),
     )
@@ -228,6 +238,9 @@ def _say(report: Any, out: Path) -> None:
             error = format_error(worst.found.max_rel)
             limit = format_error(worst.tolerance or 0)
             click.echo(f"{name:22}largest error {error}, tolerance {limit}")
+    if (drop := report.identity_drop) is not None:
+        found = f"drop {drop.drop:.4f}, at most {drop.upper:.4f} at 95 %"
+        click.echo(f"{'identity similarity':22}{found}, tolerance {IDENTITY_DROP:g}")
     for line in report.not_checked:
         click.echo(f"not compared: {line}")
     click.echo(f"{'report':22}{out / 'index.html'}")

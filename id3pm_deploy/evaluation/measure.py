@@ -265,8 +265,8 @@ def _nearest(
     found.facts["Training pictures"] = f"{len(kept)}"
     if np.quantile(photos, CLOSE) < 1e-6:
         found.notes += (
-            "Photos are among the training pictures, and nothing can be nearer than they"
-            " are: give photos of people who were not trained on.",
+            "Photos are among the training pictures, and nothing can be nearer: give "
+            "photos of people who were not trained on.",
         )
 
 

@@ -18,6 +18,7 @@ from ..generate import Conditions, SampleSettings, conditions, picture_marks
 from ..marks import PictureMark
 from ..progress import progress
 from ..report import (
+    IdentityDrop,
     IdentitySimilarity,
     ParityReport,
     PicturePairs,
@@ -31,6 +32,7 @@ from ..tolerances import Tolerances, tightened
 from .conditions import random_conditions, random_low_res
 from .golden import GoldenData, GoldenTrajectory, load_golden_data
 from .golden_run import compare_forward, compare_golden
+from .identity import check_pairs, judged_pairs, rows_of
 from .machine import machine_facts
 from .record import record_golden
 from .sides import Side, SideRequest, open_reference, open_side, pair_tolerances
@@ -41,6 +43,8 @@ from .trajectory import (
     compare_trajectory,
     guidance_name,
 )
+
+_NO_GATE = "identity similarity: what is enlarged here is random pictures, of nobody"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class ParityRequest:
 
     ``judge`` is the spec of the FR model that scores pictures against the identities;
     it must be the one the vectors are of. ``identity`` None takes random vectors.
+    ``judge_samples`` is how many pictures of each side the judge holds the engine's
+    identity similarity to the reference's by (see :mod:`.identity`); 0: it only scores
+    the pictures that are compared.
     """
 
     engine: SideRequest
@@ -64,6 +71,7 @@ class ParityRequest:
     settings: SampleSettings
     identity: Path | None = None
     judge: str | None = None
+    judge_samples: int = 0
     tolerances: Tightening = Tightening()
 
 
@@ -86,6 +94,7 @@ def parity_to_folder(out: Path, request: ParityRequest) -> ParityReport:
         Id3pmError: A side cannot be opened or run, or ``out`` not written.
     """
     check_report_folder(out)
+    check_pairs(request.judge_samples)
     engine = open_side(request.engine)
     reference = open_reference(request.reference, engine)
     limits = _limits(engine, reference, request.tolerances)
@@ -100,6 +109,7 @@ def parity_to_folder(out: Path, request: ParityRequest) -> ParityReport:
         compared = compare_trajectory(
             engine.engine, reference.engine, spec, job, tick, limits
         )
+        drop = _identity_drop(engine, reference, request)
     report = ParityReport(
         title=f"{engine.name} against {reference.name}: {engine.title}",
         subject=_subject(engine, reference, [compared])
@@ -112,9 +122,14 @@ def parity_to_folder(out: Path, request: ParityRequest) -> ParityReport:
         | machine_facts(),
         tolerances=limits,
         trajectories=(_judged(compared, similarity),),
-        not_checked=(*compared.not_checked, *_other_stage(engine)),
+        not_checked=(
+            *compared.not_checked,
+            *_other_stage(engine),
+            *([_NO_GATE] if request.judge_samples and _enlarges(engine) else []),
+        ),
         engine_name=engine.name,
         reference_name=reference.name,
+        identity_drop=drop,
     )
     pairs = PicturePairs(
         compared.reference,
@@ -266,6 +281,34 @@ def _wanted(
         return wanted, None
     raw = np.repeat(file.vectors, count, axis=0)
     return wanted, (file.model_name, _judge(request.judge, file, raw))
+
+
+def _enlarges(side: Side) -> bool:
+    return side.model.spec.model.low_res_size is not None
+
+
+def _identity_drop(
+    engine: Side, reference: Side, request: ParityRequest
+) -> IdentityDrop | None:
+    """What the judge says of many pictures, where it was asked for and there is
+    anybody to see."""
+    judge, pairs, path = request.judge, request.judge_samples, request.identity
+    if judge is None or path is None or not pairs or _enlarges(engine):
+        return None
+    from ..identity.vectors import load_identities
+
+    file = load_identities(path)
+    rows = rows_of(engine, request.settings, pairs)
+    with progress(rows, "identity") as tick:
+        return judged_pairs(
+            engine,
+            reference,
+            request.settings,
+            file,
+            lambda whose: _judge(judge, file, file.vectors[whose]),
+            pairs,
+            lambda _: tick(),
+        )
 
 
 def _judge(spec: str, file: Any, raw: Any) -> Similarity:

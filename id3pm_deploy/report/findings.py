@@ -9,10 +9,10 @@ from typing import Any
 
 from ..compare import Comparison, format_error
 from ..errors import InputError
-from ..tolerances import ORACLE, Tolerances
+from ..tolerances import IDENTITY_DROP, IDENTITY_SAMPLES, ORACLE, Tolerances
 
 FORMAT = "id3pm-parity"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 PARTS = ("forward", "final", "unsaturated", "oracle", "single", "state", "x0")
 """Kinds of comparison, as the JSON names them:
@@ -114,6 +114,57 @@ class IdentitySimilarity:
 
 
 @dataclass(frozen=True)
+class IdentityDrop:
+    """How much less alike to their people the engine's pictures are, over pairs of the
+    same noise; held to :data:`~id3pm_deploy.tolerances.IDENTITY_DROP`.
+
+    Attributes:
+        name: The FR model that judged.
+        pairs: How many samples both sides made.
+        reference: Mean cosine of the reference's pictures to their identity; one
+            without a face counts as 0.
+        engine: The same of the engine's.
+        upper: Upper 95 % bound of the mean drop from reference to engine.
+        faces_reference: Of the reference's pictures, how many show a face.
+        faces_engine: The same of the engine's.
+    """
+
+    name: str
+    pairs: int
+    reference: float
+    engine: float
+    upper: float
+    faces_reference: int
+    faces_engine: int
+
+    @property
+    def drop(self) -> float:
+        """The mean drop; negative where the engine does better."""
+        return self.reference - self.engine
+
+    @property
+    def failure(self) -> str:
+        """Why it fails, in a sentence; empty where it passes."""
+        if self.pairs < IDENTITY_SAMPLES:
+            return (
+                f"identity: {self.pairs} pairs are too few to hold the drop of the "
+                f"similarity to; {IDENTITY_SAMPLES} are needed"
+            )
+        if 2 * self.faces_reference < self.pairs:
+            return (
+                f"identity: {self.faces_reference} of {self.pairs} pictures of the "
+                "reference show a face, too few to judge whose they are"
+            )
+        if self.upper <= IDENTITY_DROP:
+            return ""
+        return (
+            f"identity: the engine's pictures are less alike to their people by "
+            f"{self.drop:.4f}, and by up to {self.upper:.4f} at 95 % confidence; "
+            f"{IDENTITY_DROP:g} is allowed"
+        )
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """One trajectory of both sides on the same noise.
 
@@ -209,6 +260,7 @@ class ParityReport:
         engine_name: The engine, in a few words.
         reference_name: The reference, in a few words.
         oracle_tolerance: What diffusers' scheduler is held to.
+        identity_drop: What an FR model says of many pairs; None where none did.
     """
 
     title: str
@@ -220,6 +272,7 @@ class ParityReport:
     engine_name: str = "engine"
     reference_name: str = "reference"
     oracle_tolerance: float = ORACLE
+    identity_drop: IdentityDrop | None = None
 
     def __post_init__(self) -> None:
         if not self.trajectories and not self.forward:
@@ -253,6 +306,8 @@ class ParityReport:
                         f"{one.name}: the network of the {side} made NaN or infinity "
                         f"in {count} samples"
                     )
+        if self.identity_drop is not None and self.identity_drop.failure:
+            said.append(self.identity_drop.failure)
         return tuple(said)
 
     @property
@@ -293,6 +348,11 @@ class ParityReport:
         found["identity_name"] = similarity.name or None
         found["identity_reference"] = [finite(v) for v in similarity.reference]
         found["identity_engine"] = [finite(v) for v in similarity.engine]
+        drop = self.identity_drop
+        found["identity_pairs"] = drop.pairs if drop else None
+        found["identity_drop"] = drop.drop if drop else None
+        found["identity_drop_upper"] = drop.upper if drop else None
+        found["identity_drop_limit"] = IDENTITY_DROP
         found["trajectories"] = [one.name for one in ones]
         found["subject"] = dict(self.subject)
         found["comparisons"] = [check.to_json() for check in self.checks]

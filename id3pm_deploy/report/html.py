@@ -1,9 +1,46 @@
-"""Small pieces of HTML; everything that comes in is escaped here."""
+"""A page of HTML and its small pieces; everything that comes in is escaped here."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Sequence
 from html import escape
+
+from .style import STYLE
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A page that stands alone: no script, no font, nothing to load.
+
+    Args:
+        title: As plain text.
+        body: HTML already.
+        style: What is added to the style of all reports.
+    """
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "img-src data:; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n"
+        f"<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n{body}\n"
+        "</main>\n</body>\n</html>\n"
+    )
+
+
+def png(data: bytes, alt: str, kind: str = "") -> str:
+    """A picture inside the page."""
+    shown = f' class="{kind}"' if kind else ""
+    return (
+        f'<img{shown} alt="{escape(alt)}" '
+        f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    )
+
+
+def items(lines: Sequence[str]) -> str:
+    """A list."""
+    return "<ul>" + "".join(f"<li>{escape(one)}</li>" for one in lines) + "</ul>"
 
 
 def section(title: str, body: str) -> str:

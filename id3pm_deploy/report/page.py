@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from html import escape
 
 from . import words
 from .findings import ParityReport, Trajectory, summary
-from .html import note, section, table
+from .html import document, items, note, png, section, table
 from .pictures import ShownPictures
 from .plot import error_plot
-from .style import STYLE
 
 _FAILURES_SHOWN = 8
 
@@ -40,25 +38,13 @@ def parity_page(report: ParityReport, pictures: Sequence[ShownPictures]) -> str:
         section("Distribution of the errors", f"{spread}\n{note(words.DISTRIBUTION)}")
     )
     if report.not_checked:
-        parts.append(section("Not compared", _list(report.not_checked)))
+        parts.append(section("Not compared", items(report.not_checked)))
     parts.append(
         section("What ran where", table([], report.subject.items(), kind="facts"))
     )
     parts += [_all_rows(one, several) for one in report.trajectories if one.per_step]
-    return _document(report, "\n".join(parts))
-
-
-def _document(report: ParityReport, body: str) -> str:
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "img-src data:; style-src 'unsafe-inline'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
-        f"<title>{words.word(report)}: {escape(report.title)}</title>\n"
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n"
-        "</main>\n</body>\n</html>\n"
-    )
+    title = f"{words.word(report)}: {report.title}"
+    return document(title, "\n".join(parts))
 
 
 def _verdict(report: ParityReport) -> str:
@@ -66,9 +52,9 @@ def _verdict(report: ParityReport) -> str:
     failures = list(report.failures)
     if failures:
         rest = len(failures) - _FAILURES_SHOWN
-        items = failures[:_FAILURES_SHOWN]
-        items += [f"and {rest} more, in parity.json"] if rest > 0 else []
-        text += "\n" + _list(items)
+        shown = failures[:_FAILURES_SHOWN]
+        shown += [f"and {rest} more, in parity.json"] if rest > 0 else []
+        text += "\n" + items(shown)
     return (
         f'<header class="{words.word(report).lower()}">\n'
         f'<p class="word">{words.word(report)}</p>\n'
@@ -77,15 +63,18 @@ def _verdict(report: ParityReport) -> str:
 
 
 def _verdicts(report: ParityReport) -> str:
-    rows = words.verdict_rows(summary(report))
+    rows = words.verdict_rows(report)
     shown = table(words.VERDICT_HEAD, rows, verdicts=True)
     more = ""
-    if len(report.checks) > len(rows):
+    if len(report.checks) > len(summary(report)):
         more = (
             " Of single table rows, the worst of each kind is shown; all "
             f"{len(report.checks)} comparisons with their verdicts are in parity.json."
         )
-    return f"{shown}\n{note(words.METHOD + more)}"
+    said = f"{shown}\n{note(words.METHOD + more)}"
+    if report.identity_drop is not None:
+        said += f"\n{note(words.identity_drop_note(report.identity_drop))}"
+    return said
 
 
 def _pictures(
@@ -102,9 +91,8 @@ def _pictures(
     rows = []
     for label, detail, files in groups:
         cells = "".join(
-            f'<td><img alt="generated: {escape(label)}, {name}" '
-            f'src="data:image/png;base64,{base64.b64encode(data).decode()}"></td>'
-            for name, data in zip(names, files, strict=True)
+            f"<td>{png(data, f'generated: {label}, {name}')}</td>"
+            for name, data in zip(pictures.names, files, strict=True)
         )
         rows.append(
             f'<tr><th scope="row">{escape(label)}<br><small>{escape(detail)}</small>'
@@ -140,10 +128,6 @@ def _identity(trajectory: Trajectory) -> str:
     rows = words.identity_rows(similarity)
     shown = table(words.IDENTITY_HEAD, rows)
     return f"{shown}\n{note(words.identity_note(similarity))}"
-
-
-def _list(items: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
 
 
 def _all_rows(trajectory: Trajectory, several: bool) -> str:

@@ -6,13 +6,16 @@ import math
 from collections.abc import Sequence
 
 from ..compare import QUANTILES, Comparison, format_error
+from ..tolerances import IDENTITY_DROP
 from .findings import (
     Check,
+    IdentityDrop,
     IdentitySimilarity,
     ParityReport,
     StepComparison,
     Trajectory,
     badness,
+    summary,
 )
 from .plot import CURVES
 
@@ -62,17 +65,35 @@ def verdict_sentence(report: ParityReport) -> str:
     )
 
 
-def verdict_rows(checks: Sequence[Check]) -> list[tuple[str, ...]]:
-    """What was compared, its error, the tolerance and the verdict."""
-    return [
+def verdict_rows(report: ParityReport) -> list[tuple[str, ...]]:
+    """What was compared, its error, the tolerance and the verdict; of single table
+    rows the worst ones."""
+    rows: list[tuple[str, ...]] = [
         (
             check.what,
             error_text(check.found),
             "finite" if check.tolerance is None else format_error(check.tolerance),
             "pass" if check.passed else "FAIL",
         )
-        for check in checks
+        for check in summary(report)
     ]
+    if (drop := report.identity_drop) is not None:
+        name = f"identity similarity: drop, upper bound, {drop.pairs} pairs"
+        verdict = "FAIL" if drop.failure else "pass"
+        rows.append((name, f"{drop.upper:.4f}", f"{IDENTITY_DROP:g}", verdict))
+    return rows
+
+
+def identity_drop_note(drop: IdentityDrop) -> str:
+    """What was found over many pairs, in two sentences."""
+    return (
+        f"Over {drop.pairs} pairs of pictures, the engine's have a mean cosine of "
+        f"{drop.engine:.4f} to their identity and the reference's "
+        f"{drop.reference:.4f}, judged by {drop.name}: a drop of {drop.drop:.4f}, at "
+        f"most {drop.upper:.4f} at 95 % confidence, where {IDENTITY_DROP:g} is "
+        f"allowed. A face was found in {drop.faces_engine} of the engine's pictures "
+        f"and in {drop.faces_reference} of the reference's; one without counts as 0."
+    )
 
 
 def distribution_rows(checks: Sequence[Check]) -> list[tuple[str, ...]]:
@@ -144,7 +165,7 @@ def identity_note(similarity: IdentitySimilarity) -> str:
     """What the identity's numbers are."""
     return (
         "Cosine between the identity asked for and that of each picture, judged by "
-        f"{similarity.name}. It is shown, not held to a tolerance."
+        f"{similarity.name}. These few are shown, not held to a tolerance."
     )
 
 
