@@ -136,19 +136,6 @@ def test_what_a_run_leaves(fake_faces: Path, tmp_path: Path) -> None:
     assert spec.origin["faces"] == 8
 
 
-@pytest.mark.slow
-def test_two_processes_train_like_one_batch(fake_faces: Path, tmp_path: Path) -> None:
-    settings = dataclasses.replace(SMALL, processes=2, steps=3, learned_variance=True)
-    result = train([fake_faces], tmp_path / "two", settings, MeanColour(), threads=1)
-    assert result.steps == 3
-    assert result.loss is not None
-    assert np.isfinite(result.loss)
-    assert _weights(tmp_path / "two")
-    # A finished run: nothing to do is no loss, and no failure.
-    again = train([fake_faces], tmp_path / "two", settings, MeanColour(), resume=True)
-    assert (again.steps, again.loss) == (3, None)
-
-
 def test_what_stopped_a_process_is_told(
     fake_faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
