@@ -13,8 +13,7 @@ import asyncio
 import dataclasses
 import os
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,29 +25,31 @@ from . import defaults
 from .arguments import Guidance, Solver, count_with, guidance_of, one_each, solver_of
 from .attributes import Attributes, Stated, known_to
 from .batch import Batch, Picture, check_finite, joined
+from .control.annealing import Annealing
+from .control.shots import Grid, Shot, grid_of
 from .enlarging import enlarged_mark, low_res_from_pixels
 from .errors import EngineError, InputError
-from .generate import (
-    SampleSettings,
-    run_record,
-    stage_record,
-)
+from .generate import SampleSettings
+from .identity.directions import Directions
 from .images import Pixels
 from .making import (
+    Run,
     StagePlan,
-    enlarged_batch,
-    made_batch,
+    batch_of,
+    check_directions,
     plan_of_one,
-    repeat_plans,
+    repeat_runs,
+    run_facts,
     served,
+    settings_for,
+    shot_runs,
 )
 from .models import Model, open_model, open_second_stage
 from .replaying import note_engine, read_record, repeat
 from .sampler import Limits
 from .serving import PLACES, WAITING
-from .solvers import solver_table
 from .stage import Stage
-from .whose import Identities, identities_of, wanted_of
+from .whose import Identities, directions_of, identities_of, wanted_of
 
 Float32 = npt.NDArray[np.float32]
 
@@ -165,6 +166,9 @@ class Sampler:
         identities: Identities = None,
         *,
         attributes: Stated = (),
+        shots: Grid | Sequence[Shot] | None = None,
+        directions: Directions | str | os.PathLike[str] | None = None,
+        annealing: Annealing | None = None,
         count: int = defaults.COUNT,
         guidance: Guidance | None = None,
         steps: int | None = None,
@@ -191,6 +195,11 @@ class Sampler:
             attributes: Values by name, as ``{"age": 30}``, of all pictures alike, or
                 one such mapping an identity (a picture where there is none). What is
                 left out is not stated, and left to the model.
+            shots: What each picture is made of (``id3pm_deploy.control``), in place of
+                ``count`` pictures of each identity; ``identities`` has all whom they
+                name.
+            directions: Those that shots name, or their file.
+            annealing: Of conditions, for more diverse pictures of less likeness.
             count: Pictures of each identity.
             guidance: Scale or settings; None: what suits the model.
             steps: Solver steps; None: 50, or those of a ``solver`` that has them.
@@ -213,29 +222,41 @@ class Sampler:
         spec = self.model.spec
         count = count_with(spec, low_res, count)
         file = identities_of(spec, identities)
-        wanted = one_each(wanted_of(spec, file, count, attributes), low_res)
         settings = SampleSettings(
             solver_of(solver, steps, defaults.STEPS),
             guidance_of(guidance, spec),
             seed,
             count,
             batch_size,
+            annealing=annealing,
         )
-        first = StagePlan(settings, solver_table(spec, settings.solver), wanted)
-        enlarges = self._second if enlarge else None
-        second = None
-        if enlarges is not None:
-            own = enlarges.model.spec
-            settings = dataclasses.replace(
+        enlarger = self._second if enlarge else None
+        larger = settings
+        if enlarger is not None:
+            larger = dataclasses.replace(
                 settings,
                 solver=solver_of(sr_solver, sr_steps, defaults.SR_STEPS),
-                guidance=guidance_of(sr_guidance, own),
+                guidance=guidance_of(sr_guidance, enlarger.model.spec),
                 batch_size=sr_batch_size,
             )
-            table = solver_table(own, settings.solver)
+        stages = self._stage, enlarger
+        if shots is not None:
+            if low_res is not None or attributes:
+                raise InputError("shots have attributes of their own, and no low_res")
+            grid, named = grid_of(shots), (file, directions_of(directions))
+            settings = settings_for(settings, grid)
+            runs = shot_runs(stages, (settings, larger), grid.shots, named)
+            said = run_facts(settings, grid, named[1])
+            return self._batches(runs, said, None, limits)
+        wanted = one_each(wanted_of(spec, file, count, attributes), low_res)
+        first = StagePlan(settings, self._stage.table(settings.solver), wanted)
+        second = None
+        if enlarger is not None:
+            own = enlarger.model.spec
             stated = known_to(own.attributes, attributes)
-            second = StagePlan(settings, table, wanted_of(own, file, count, stated))
-        return self._batches(first, second, 0, low_res, limits)
+            wanted = wanted_of(own, file, count, stated)
+            second = StagePlan(larger, enlarger.table(larger.solver), wanted)
+        return self._batches([Run(first, second)], {}, low_res, limits)
 
     def sample_all(
         self, identities: Identities = None, **options: Any
@@ -255,6 +276,7 @@ class Sampler:
         record: Mapping[str, Any] | str | Path,
         identities: Identities = None,
         *,
+        directions: Directions | str | os.PathLike[str] | None = None,
         low_res: Pixels | None = None,
         limits: Limits = _NO_LIMITS,
     ) -> Iterator[Batch]:
@@ -264,6 +286,7 @@ class Sampler:
         Args:
             record: A run's ``record.json``, its folder, or what is in it.
             identities: Those of the run; the record holds their ids only.
+            directions: Those of the run, if it went along any, or their file.
             low_res: What was enlarged, where the run was given pictures.
             limits: As for :meth:`sample`.
 
@@ -283,54 +306,35 @@ class Sampler:
                 why=f"{len(low_res)} are given",
             )
         note_engine(values, self._stage.engine.info)
-        first, second = repeat_plans(self._stage, self._second, todo, identities)
-        return self._batches(first, second, todo.first_sample, low_res, limits)
+        stages = self._stage, self._second
+        if todo.grid is None:
+            runs, said = repeat_runs(*stages, todo, identities), {}
+        else:
+            named = (
+                identities_of(self.model.spec, identities),
+                directions_of(directions),
+            )
+            settings = todo.settings, todo.second or todo.settings
+            stages = self._stage, None if todo.second is None else self._second
+            shots, start = todo.grid.shots, todo.first_sample
+            runs = shot_runs(stages, settings, shots, named, start)
+            check_directions(values.get("directions_sha256"), named[1])
+            said = run_facts(todo.settings, todo.grid, named[1])
+        return self._batches(runs, said, low_res, limits)
 
     def _batches(
         self,
-        first: StagePlan,
-        second: StagePlan | None,
-        first_sample: int,
+        runs: Sequence[Run],
+        said: Mapping[str, Any],
         low_res: Pixels | None,
         limits: Limits,
     ) -> Iterator[Batch]:
-        total, size = len(first.wanted.ids), first.settings.batch_size
         small = None if low_res is None else low_res_from_pixels(low_res)
-        for start in range(0, total, size):
-            self._check_open()
-            chosen = range(start, min(start + size, total))
-            begun = time.perf_counter()
-            images, made = made_batch(
-                self._stage,
-                first,
-                chosen,
-                first_sample,
-                small,
-                limits,
-                given=small is not None,
-            )
-            record = run_record(made, first.settings, self._stage.engine, self.model)
-            if second is not None and self._second is not None:
-                images, large = enlarged_batch(
-                    self._second, second, chosen, first_sample, made, limits
-                )
-                record["super_resolution"] = stage_record(
-                    large, second.settings, self._second.engine, self._second.model
-                )
-                made = large
-            yield Batch(
-                samples=tuple(first_sample + i for i in chosen),
-                identities=first.wanted.ids[chosen.start : chosen.stop],
-                pixels=made.pixels,
-                images=images,
-                on_device=made.on_device,
-                attributes=first.wanted.attributes[chosen.start : chosen.stop],
-                failed=made.failed,
-                marks=made.marks,
-                seconds=time.perf_counter() - begun,
-                record=record,
-                table=first.table,
-            )
+        for run in runs:
+            for chosen in run.batches():
+                self._check_open()
+                stages = self._stage, self._second
+                yield batch_of(stages, run, chosen, said, small, limits)
 
     async def submit(
         self,

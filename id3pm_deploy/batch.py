@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .attributes import Attributes
+from .control.shots import Shot
 from .errors import InputError, NonFiniteError
 from .files import make_folder
 from .generate import Pictures, sample_entries, save_pictures
@@ -45,6 +46,7 @@ class Batch:
             when the sampler is closed. None where no GPU made it, and where a second
             stage made it in several parts.
         attributes: What is stated of each; empty for a model without attributes.
+        shots: What else each is made of, if that was asked for.
     """
 
     samples: tuple[int, ...]
@@ -58,6 +60,7 @@ class Batch:
     table: SolverTable = field(repr=False)
     on_device: Any = field(default=None, repr=False)
     attributes: tuple[Attributes, ...] = ()
+    shots: tuple[Shot, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -75,13 +78,15 @@ class Batch:
         kind, index = self._shared.__dlpack_device__()
         return int(kind), int(index)
 
-    def save(self, folder: str | Path, *, force: bool = False) -> None:
+    def save(self, folder: str | Path, *, force: bool = False) -> dict[str, Any]:
         """Write what ``id3pm-deploy sample`` would: PNGs that are marked as generated,
         a contact sheet and a ``record.json``.
 
         Args:
             folder: New or empty.
             force: Replace an earlier run in it.
+
+        Returns the run's record.
 
         Raises:
             InputError: It is not empty, or no earlier run's.
@@ -90,11 +95,12 @@ class Batch:
         """
         made = Pictures(self.pixels, self.marks, self.failed, self.seconds, self.table)
         samples = sample_entries(
-            self.samples, self.identities, self.failed, self.attributes
+            self.samples, self.identities, self.failed, self.attributes, self.shots
         )
         record = {**self.record, "seconds": round(self.seconds, 4), "samples": samples}
         columns = int(record["count"])
         save_pictures(Path(folder), made, record, columns=columns, force=force)
+        return record
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
@@ -111,6 +117,9 @@ def joined(batches: Sequence[Batch]) -> Batch:
         samples=sum((one.samples for one in batches), ()),
         identities=sum((one.identities for one in batches), ()),
         attributes=sum((one.attributes for one in batches), ()),
+        shots=None
+        if first.shots is None
+        else sum((one.shots or () for one in batches), ()),
         pixels=np.concatenate([one.pixels for one in batches]),
         images=np.concatenate([one.images for one in batches]),
         failed=np.concatenate([one.failed for one in batches]),

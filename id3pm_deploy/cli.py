@@ -25,6 +25,7 @@ _COMMANDS = {
     "export": "Export a CHECKPOINT to an ONNX step graph in a BUNDLE.",
     "build-engine": "Compile a CHECKPOINT or a BUNDLE into an engine for a target.",
     "sample": "Make pictures of an identity.",
+    "control": "Sheets: guidance, identities between people, directions, noise.",
     "parity": "Compare an engine with the PyTorch reference, step by step.",
     "benchmark": "Measure how fast a BUNDLE runs, beside what else could run it.",
     "bisect": "Find which modules have to stay in float32 in half precision.",

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ import numpy.typing as npt
 from . import __version__, defaults
 from .attributes import Attributes, Stated, encode_attributes, of_each
 from .backends.base import Engine
+from .control.annealing import Annealer, Annealing
+from .control.shots import UNCONDITIONAL as UNCONDITIONAL
+from .control.shots import Shot
 from .enlarging import (
     Enlarging,
     GivenPictures,
@@ -26,7 +29,7 @@ from .enlarging import (
 )
 from .errors import IdentityError, InputError, NonFiniteError
 from .files import make_folder, write_json
-from .guidance import GuidanceSettings
+from .guidance import GuidanceSettings, Others
 from .identity.vectors import IdentityFile, check_identities, normalise_identities
 from .images import PictureMark, contact_sheet, save_png, save_sheet, to_uint8
 from .models import Model
@@ -48,9 +51,8 @@ RECORD_NAME = "record.json"
 SHEET_NAME = "sheet.png"
 _SHEET_MOST = 64
 RECORD_FORMAT, RECORD_VERSION = "id3pm-run", 1
-UNCONDITIONAL = "unconditional"
-"""In place of an id: a picture of nobody in particular."""
-
+CONTROL_VERSION = 2
+"""Version of records with annealing or shots, of which version 1 knows nothing."""
 Float32 = npt.NDArray[np.float32]
 
 
@@ -58,7 +60,8 @@ Float32 = npt.NDArray[np.float32]
 class SampleSettings:
     """How pictures are made; everything a run record needs to make them again.
 
-    ``count`` is the number of pictures of each identity. ``preset`` is the name that
+    ``count`` is the number of pictures of each identity. ``annealing`` is of the
+    first stage alone. ``preset`` is the name that
     the rest was taken from, if any; it changes nothing and stands in the record.
     """
 
@@ -68,6 +71,7 @@ class SampleSettings:
     count: int = defaults.COUNT
     batch_size: int = defaults.BATCH_SIZE
     preset: str | None = None
+    annealing: Annealing | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= 100_000:
@@ -97,16 +101,24 @@ class Conditions:
             attributes behind them; [n, 0] of a model without either.
         ids: The identity file's random ids, or ``unconditional``.
         attributes: What is stated of each; empty for a model without attributes.
+        others: Further identities.
+        shots: What else they are made of; None: each has its own number's noise.
     """
 
     identity: Float32
     ids: tuple[str, ...]
     attributes: tuple[Attributes, ...] = ()
+    others: Others | None = None
+    shots: tuple[Shot, ...] | None = None
 
     def part(self, chosen: slice) -> Conditions:
         """Those of some pictures."""
         return Conditions(
-            self.identity[chosen], self.ids[chosen], self.attributes[chosen]
+            self.identity[chosen],
+            self.ids[chosen],
+            self.attributes[chosen],
+            None if self.others is None else self.others.part(chosen),
+            None if self.shots is None else self.shots[chosen],
         )
 
     def repeated(self, count: int) -> Conditions:
@@ -228,15 +240,34 @@ def sample_job(
     settings: SampleSettings,
     wanted: Conditions,
     low_res: Float32 | None = None,
+    first_sample: int = 0,
 ) -> tuple[SampleJob, SolverTable]:
     """What has to be sampled for these pictures, and the solver's table.
 
     Raises:
         InputError: The settings fit no table.
     """
-    table = solver_table(model.spec, settings.solver)
-    noise = SeededNoise(settings.seed, noise_stage(model.spec))
-    job = SampleJob(wanted.identity, table, settings.guidance, noise, low_res=low_res)
+    spec = model.spec
+    table = solver_table(spec, settings.solver)
+    addresses = {
+        first_sample + i: shot.address for i, shot in enumerate(wanted.shots or ())
+    }
+    noise = SeededNoise(settings.seed, noise_stage(spec), addresses)
+    anneal = None
+    if settings.annealing is not None and spec.model.low_res_size is None:
+        last = spec.schedule.timesteps - 1
+        own = settings.annealing, noise.condition, spec.identity.dim, last
+        anneal = Annealer(*own)
+    job = SampleJob(
+        wanted.identity,
+        table,
+        settings.guidance,
+        noise,
+        first_sample=first_sample,
+        low_res=low_res,
+        others=wanted.others,
+        anneal=anneal,
+    )
     return job, table
 
 
@@ -336,7 +367,7 @@ def sample_to_folder(
         made = enlarged_pictures(made, large.pictures)
     numbers = range(len(wanted.ids))
     record["samples"] = sample_entries(
-        numbers, wanted.ids, made.failed, wanted.attributes
+        numbers, wanted.ids, made.failed, wanted.attributes, wanted.shots
     )
     save_pictures(out, made, record, columns=settings.count, force=force)
     return made, record
@@ -347,8 +378,10 @@ def sample_entries(
     ids: Sequence[str],
     failed: npt.NDArray[np.bool_],
     attributes: Sequence[Attributes] = (),
+    shots: Sequence[Shot] | None = None,
 ) -> list[dict[str, Any]]:
-    """The ``samples`` of a run record, with attributes where some are stated."""
+    """The ``samples`` of a run record, with attributes where some are stated, and what
+    else each is made of."""
     states = zip(numbers, ids, failed, strict=True)
     entries: list[dict[str, Any]] = [
         {"sample": number, "identity": who, "failed": bool(bad)}
@@ -356,6 +389,8 @@ def sample_entries(
     ]
     for entry, stated in zip(entries, attributes, strict=False):
         entry.update({"attributes": dict(stated)} if stated else {})
+    for entry, shot in zip(entries, shots or (), strict=False):
+        entry["shot"] = shot.to_json()
     return entries
 
 
@@ -423,7 +458,7 @@ def save_pictures(
             path = staging / f"sample-{numbers[index]:05d}.png"
             save_png(path, pictures.pixels[index], pictures.marks[index])
         if len(good):
-            _save_sheet(staging / SHEET_NAME, pictures, good, columns)
+            _save_sheet(staging / SHEET_NAME, pictures, columns, record.get("grid"))
         write_json(staging / RECORD_NAME, record)
         check_output(out, force=force)
     if pictures.failed.any():
@@ -438,13 +473,21 @@ def save_pictures(
 
 
 def _save_sheet(
-    path: Path, pictures: Pictures, good: npt.NDArray[np.int64], count: int
+    path: Path, pictures: Pictures, count: int, grid: Mapping[str, Any] | None
 ) -> None:
-    shown = good[:_SHEET_MOST]
+    """Those that are good, ``count`` of one identity beside each other; or all of a
+    grid, where the failed ones are black."""
+    shown = np.flatnonzero(~pictures.failed)[:_SHEET_MOST]
+    columns = min(count, len(shown), 8) if count > 1 else min(len(shown), 8)
+    labels: dict[str, Any] = {"title": "generated with id3pm-deploy"}
+    if grid is not None:
+        rows, heads = tuple(grid["rows"]), tuple(grid["columns"])
+        labels["title"] = grid["title"] or labels["title"]
+        if rows and len(rows) * len(heads) == len(pictures.pixels):
+            shown, columns = np.arange(len(pictures.pixels)), len(heads)
+            labels |= {"row_labels": rows, "column_labels": heads}
     sheet = contact_sheet(
-        [pictures.pixels[index] for index in shown],
-        columns=min(count, len(shown), 8) if count > 1 else min(len(shown), 8),
-        title="generated with id3pm-deploy",
+        [pictures.pixels[index] for index in shown], columns=columns, **labels
     )
     save_sheet(path, sheet, dataclasses.replace(pictures.marks[0], sample=None))
 
@@ -455,9 +498,12 @@ def run_record(
     """Everything needed to make the pictures again but ``samples``, and nothing of the
     identities."""
     own = stage_record(pictures, settings, engine, model)
+    annealing = settings.annealing
+    if annealing is not None:
+        own["annealing"] = dataclasses.asdict(annealing)
     return {
         "format": RECORD_FORMAT,
-        "format_version": RECORD_VERSION,
+        "format_version": RECORD_VERSION if annealing is None else CONTROL_VERSION,
         "tool_version": __version__,
         **own,
         "preset": settings.preset,

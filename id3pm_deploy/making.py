@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .attributes import Stated, known_to
-from .batch import Picture, finished_picture
-from .enlarging import enlarged_mark, low_res_from_pixels, noise_stage
-from .errors import InputError
-from .generate import Conditions, Pictures, SampleSettings, picture_marks
-from .guidance import guidance_plan
+from .batch import Batch, Picture, finished_picture
+from .control.annealing import Annealing
+from .control.resolve import conditions_of
+from .control.shots import Grid, Shot, alike
+from .enlarging import enlarged_mark, low_res_from_pixels
+from .errors import IdentityError, InputError
+from .generate import (
+    CONTROL_VERSION,
+    Conditions,
+    Pictures,
+    SampleSettings,
+    picture_marks,
+    run_record,
+    sample_job,
+    stage_record,
+)
+from .identity.directions import Directions
+from .identity.vectors import IdentityFile
 from .images import to_uint8
 from .places import Trajectory
 from .replaying import Repeat
-from .sampler import Limits, SampleJob, SeededNoise
+from .sampler import Limits, job_plan
 from .solvers import SolverTable
 from .stage import Stage
 from .whose import Identities, identities_of, wanted_of, whose_in_record
 
 Float32 = npt.NDArray[np.float32]
+Named = tuple[IdentityFile | None, Directions | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +48,168 @@ class StagePlan:
     settings: SampleSettings
     table: SolverTable
     wanted: Conditions
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Pictures that may share batches.
+
+    Attributes:
+        first: What the first stage makes.
+        second: What the second one makes of it; None: nothing.
+        first_sample: Number of the first picture; the others follow it.
+    """
+
+    first: StagePlan
+    second: StagePlan | None
+    first_sample: int = 0
+
+    def batches(self) -> Iterator[range]:
+        """Which pictures of the run are made together, as positions in it."""
+        total, size = len(self.first.wanted.ids), self.first.settings.batch_size
+        for start in range(0, total, size):
+            yield range(start, min(start + size, total))
+
+
+def shot_runs(
+    stages: tuple[Stage, Stage | None],
+    settings: tuple[SampleSettings, SampleSettings],
+    shots: Sequence[Shot],
+    named: Named,
+    first_sample: int = 0,
+) -> list[Run]:
+    """The runs that shots take, one for each guidance scale and annealing.
+
+    Args:
+        stages: The first and, where there is one, the second.
+        settings: Of both, for shots that do not say otherwise.
+        shots: One a picture.
+        named: Whom and what they name.
+        first_sample: Number of the first picture.
+
+    Raises:
+        InputError, IdentityError: A shot asks for what there is not.
+    """
+
+    def plan(stage: Stage, own: SampleSettings, some: Sequence[Shot]) -> StagePlan:
+        wanted = conditions_of(stage.model.spec, some, *named)
+        return StagePlan(own, stage.table(own.solver), wanted)
+
+    first, second = stages
+    return [
+        Run(
+            plan(first, _settings_of(settings[0], some[0]), some),
+            None if second is None else plan(second, settings[1], some),
+            first_sample + start,
+        )
+        for start, some in alike(shots)
+    ]
+
+
+def _settings_of(settings: SampleSettings, shot: Shot) -> SampleSettings:
+    """A run's settings with the scale and the annealing of a shot, if it has any."""
+    guidance, annealing = settings.guidance, settings.annealing
+    if shot.scale is not None:
+        if guidance.scales is not None:
+            raise InputError(
+                "pictures that have a guidance scale each cannot follow a list of them",
+                fix="give one scale, or none",
+            )
+        guidance = dataclasses.replace(guidance, scale=shot.scale)
+    if shot.annealing is not None:
+        own = Annealing() if annealing is None else annealing
+        annealing = dataclasses.replace(own, scale=shot.annealing)
+    return dataclasses.replace(settings, guidance=guidance, annealing=annealing)
+
+
+def batch_of(
+    stages: tuple[Stage, Stage | None],
+    run: Run,
+    chosen: range,
+    said: Mapping[str, Any],
+    low_res: Float32 | None,
+    limits: Limits,
+) -> Batch:
+    """The chosen pictures of a run.
+
+    Args:
+        stages: The first and, where there is one, the second.
+        run: What to make.
+        chosen: From :meth:`Run.batches`.
+        said: What of the record is of the whole run.
+        low_res: [n, C, h, w] float32, what the first stage enlarges.
+        limits: When to give up.
+    """
+    first, (stage, enlarger) = run.first, stages
+    begun = time.perf_counter()
+    small = low_res is not None
+    images, made = made_batch(
+        stage, first, chosen, run.first_sample, low_res, limits, given=small
+    )
+    record = {**run_record(made, first.settings, stage.engine, stage.model), **said}
+    if run.second is not None and enlarger is not None:
+        images, made = enlarged_batch(
+            enlarger, run.second, chosen, run.first_sample, made, limits
+        )
+        record["super_resolution"] = stage_record(
+            made, run.second.settings, enlarger.engine, enlarger.model
+        )
+    wanted = first.wanted.part(slice(chosen.start, chosen.stop))
+    return Batch(
+        samples=tuple(run.first_sample + i for i in chosen),
+        identities=wanted.ids,
+        pixels=made.pixels,
+        images=images,
+        on_device=made.on_device,
+        attributes=wanted.attributes,
+        shots=wanted.shots,
+        failed=made.failed,
+        marks=made.marks,
+        seconds=time.perf_counter() - begun,
+        record=record,
+        table=first.table,
+    )
+
+
+def settings_for(settings: SampleSettings, grid: Grid) -> SampleSettings:
+    """Settings of a whole grid. Its width is what a sheet counts by; and where a shot
+    is annealed, the record has to say how, though the others are not."""
+    annealing = settings.annealing
+    if annealing is None and any(shot.annealing is not None for shot in grid.shots):
+        annealing = Annealing(0.0)
+    count = max(1, len(grid.columns))
+    return dataclasses.replace(settings, count=count, annealing=annealing)
+
+
+def check_directions(wanted: object, directions: Directions | None) -> None:
+    """Refuse directions that are not those of a record, which has their SHA-256.
+
+    Raises:
+        IdentityError: They are not.
+    """
+    if wanted is not None and (directions is None or directions.digest != wanted):
+        raise IdentityError(
+            "these are not the directions of the run record",
+            why="none are given" if directions is None else "their SHA-256 differ",
+            fix="give the file of directions that the run took",
+        )
+
+
+def run_facts(
+    settings: SampleSettings, grid: Grid, directions: Directions | None
+) -> dict[str, Any]:
+    """What the record of a run of shots says of all of them; a shot's own scale and
+    annealing stand beside it."""
+    facts: dict[str, Any] = {
+        "format_version": CONTROL_VERSION,
+        "guidance": dataclasses.asdict(settings.guidance),
+        "grid": grid.to_json(),
+    }
+    if settings.annealing is not None:
+        facts["annealing"] = dataclasses.asdict(settings.annealing)
+    if directions is not None:
+        facts["directions_sha256"] = directions.digest
+    return facts
 
 
 def made_batch(
@@ -48,14 +226,12 @@ def made_batch(
 
     ``given``: what is enlarged came from outside, and may show anything.
     """
-    table, own = plan.table, slice(chosen.start, chosen.stop)
-    job = SampleJob(
-        plan.wanted.identity[own],
-        table,
-        plan.settings.guidance,
-        SeededNoise(plan.settings.seed, noise_stage(stage.model.spec)),
-        first_sample=first_sample + chosen.start,
-        low_res=None if low_res is None else low_res[own],
+    job, table = sample_job(
+        stage.model,
+        plan.settings,
+        plan.wanted.part(slice(chosen.start, chosen.stop)),
+        None if low_res is None else low_res[chosen.start : chosen.stop],
+        first_sample + chosen.start,
     )
     begun = time.perf_counter()
     batch = stage.run(job, limits)
@@ -126,20 +302,20 @@ async def served(
     deadline: float | None,
 ) -> Picture:
     """One picture through the stage's front."""
-    table, settings = plan.table, plan.settings
-    guidance = guidance_plan(plan.wanted.identity, settings.guidance, table.timesteps)
-    noise = SeededNoise(settings.seed, noise_stage(stage.model.spec))
+    job, table = sample_job(
+        stage.model, plan.settings, plan.wanted, first_sample=sample
+    )
     small = None if low_res is None else low_res[0]
-    trajectory = Trajectory(table, guidance, noise, sample, small)
+    trajectory = Trajectory(table, job_plan(job, [0]), job.noise, sample, small)
     done = await stage.front.submit(trajectory, deadline)
-    (mark,) = picture_marks(stage.engine, stage.model, settings, 1)
+    (mark,) = picture_marks(stage.engine, stage.model, plan.settings, 1)
     return finished_picture(done, dataclasses.replace(mark, sample=sample))
 
 
-def repeat_plans(
+def repeat_runs(
     stage: Stage, second: Stage | None, todo: Repeat, identities: Identities
-) -> tuple[StagePlan, StagePlan | None]:
-    """The plans that a run record asks for.
+) -> list[Run]:
+    """What a run record asks for, where it has no shots.
 
     Raises:
         IdentityError: These are not its identities.
@@ -155,6 +331,6 @@ def repeat_plans(
 
     first = plan(stage, todo.settings, todo.attributes)
     if todo.second is None or second is None:
-        return first, None
+        return [Run(first, None, todo.first_sample)]
     stated = known_to(second.model.spec.attributes, todo.attributes)
-    return first, plan(second, todo.second, stated)
+    return [Run(first, plan(second, todo.second, stated), todo.first_sample)]

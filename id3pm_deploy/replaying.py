@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 from . import __version__
 from .attributes import Attributes
 from .backends.base import EngineInfo
+from .control.annealing import Annealing
+from .control.shots import Grid, shot_from_json
 from .errors import InputError
-from .generate import RECORD_FORMAT, RECORD_VERSION, SampleSettings
+from .generate import CONTROL_VERSION, RECORD_FORMAT, RECORD_VERSION, SampleSettings
 from .guidance import GuidanceSettings
 from .models import Model
 from .solvers import SolverSettings, solver_table
@@ -36,6 +38,7 @@ class Repeat:
         first_sample: Number of the first sample; the others follow it.
         given: Whether the pictures were made of small ones that were given.
         attributes: What is stated of each sample.
+        grid: What else each is made of; None where nothing else was asked for.
     """
 
     settings: SampleSettings
@@ -44,6 +47,7 @@ class Repeat:
     first_sample: int
     given: bool
     attributes: tuple[Attributes, ...]
+    grid: Grid | None = None
 
 
 def read_record(record: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
@@ -69,10 +73,11 @@ def read_record(record: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
         raise InputError(
             "this is no run record", fix="give the record.json that `sample` wrote"
         )
-    if record.get("format_version") != RECORD_VERSION:
+    if record.get("format_version") not in (RECORD_VERSION, CONTROL_VERSION):
         raise InputError(
             f"the run record's format is version {record.get('format_version')!r}",
-            why=f"this release, {__version__}, repeats version {RECORD_VERSION}",
+            why=f"this release, {__version__}, repeats versions {RECORD_VERSION} and "
+            f"{CONTROL_VERSION}",
             fix=f"use release {record.get('tool_version')!r} of id3pm-deploy",
         )
     return record
@@ -97,6 +102,10 @@ def repeat(record: Mapping[str, Any], model: Model, second: Model | None) -> Rep
         shared = {name: record[name] for name in ("seed", "count")}
         shared["preset"] = record.get("preset")
         own = _settings(record, model, shared)
+        grid = _grid(record)
+        if (annealing := record.get("annealing")) is not None:
+            moved = _dataclass_of(Annealing, annealing)
+            own = dataclasses.replace(own, annealing=moved)
         other = None
         if enlarged is not None and second is not None:
             _check_weights(enlarged, second, "the second stage")
@@ -112,7 +121,24 @@ def repeat(record: Mapping[str, Any], model: Model, second: Model | None) -> Rep
         )
     whose = tuple(who for _, who in samples)
     given = record.get("low_res") is not None
-    return Repeat(own, other, whose, numbers[0], given, stated)
+    return Repeat(own, other, whose, numbers[0], given, stated, grid)
+
+
+def _grid(record: Mapping[str, Any]) -> Grid | None:
+    """The shots of a record; None where it has none.
+
+    Raises:
+        InputError, KeyError, TypeError: Something is missing or not understood.
+    """
+    if "grid" not in record:
+        return None
+    shots = [
+        shot_from_json(str(one["identity"]), one.get("attributes", {}), one["shot"])
+        for one in record["samples"]
+    ]
+    own = record["grid"]
+    labels = [tuple(map(str, own[name])) for name in ("rows", "columns")]
+    return Grid(tuple(shots), str(own["title"]), *labels)
 
 
 def note_engine(record: Mapping[str, Any], info: EngineInfo) -> None:

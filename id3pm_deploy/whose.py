@@ -13,6 +13,7 @@ import numpy.typing as npt
 from .attributes import Stated
 from .errors import IdentityError, InputError
 from .generate import UNCONDITIONAL, Conditions, conditions
+from .identity.directions import Directions, load_directions
 from .identity.vectors import IdentityFile, check_vectors, load_identities
 from .spec import DiffusionSpec
 
@@ -51,6 +52,19 @@ def identities_of(spec: DiffusionSpec, identities: Identities) -> IdentityFile |
     ids = tuple(f"{_ARRAY}{i}" for i in range(len(raw)))
     own = spec.identity
     return IdentityFile(raw, ids, own.model_name or "unknown", own.model_sha256)
+
+
+def directions_of(
+    directions: Directions | str | os.PathLike[str] | None,
+) -> Directions | None:
+    """Directions, from their file if need be.
+
+    Raises:
+        IdentityError: They cannot be used.
+    """
+    if directions is None or isinstance(directions, Directions):
+        return directions
+    return load_directions(Path(directions))
 
 
 def wanted_of(

@@ -181,7 +181,7 @@ def _changed(record: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     ("key", "value", "found"),
     [
         ("format", "other", "no run record"),
-        ("format_version", 2, "version 2"),
+        ("format_version", 3, "version 3"),
         ("checkpoint_sha256", "0" * 64, "not the one"),
         ("solver.order", 3, "does not know: order"),
         ("solver.steps", 5, "another solver table"),

@@ -68,6 +68,34 @@ def conditions_of(
     return Conditions(np.hstack([seen, encoded]), ids, stated, others, tuple(shots))
 
 
+def together(*files: IdentityFile | None) -> IdentityFile | None:
+    """Everybody in some identity files, each once; None where there is nobody.
+
+    Raises:
+        IdentityError: They are of different FR models.
+    """
+    there = [file for file in files if file is not None]
+    if not there:
+        return None
+    first = there[0]
+    for file in there[1:]:
+        check_identities(
+            file,
+            dim=first.dim,
+            model_name=first.model_name,
+            model_sha256=first.model_sha256,
+        )
+    known: dict[str, Float32] = {}
+    for file in there:
+        known = dict(zip(file.ids, file.vectors, strict=True)) | known
+    return IdentityFile(
+        np.stack(list(known.values())),
+        tuple(known),
+        first.model_name,
+        first.model_sha256,
+    )
+
+
 def _finder(
     spec: DiffusionSpec, shots: Sequence[Shot], file: IdentityFile | None
 ) -> Callable[[str], Float32]:
