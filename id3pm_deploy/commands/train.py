@@ -32,6 +32,10 @@ def _numbers(kind: type) -> Any:
 @option("--steps", default=4000, help="Optimizer steps in all.")
 @option("--batch-size", default=16)
 @option("--image-size", default=32, help="Side of the pictures, in pixels.")
+@option(
+    "--low-res-size", default=0, help="Train a second stage that enlarges this; 0: no."
+)
+@option("--low-res-noise", default=0.0, help="Most noise on what it enlarges.")
 @option("--base-channels", default=32)
 @option("--channel-multipliers", default="1,2,4", callback=_numbers(int))
 @option("--residual-blocks", default=2)

@@ -12,6 +12,8 @@ from ..spec import Normalisation, PredictionType
 _MOST = 1_000_000_000
 _BOUNDS: dict[str, tuple[float, float]] = {
     "image_size": (8, 4096),
+    "low_res_size": (0, 4096),
+    "low_res_noise": (0.0, 1.0),
     "base_channels": (2, 4096),
     "residual_blocks": (1, 64),
     "num_head_channels": (1, 4096),
@@ -62,8 +64,11 @@ class TrainingConfig:
     takes its share in ``accumulation`` pieces, which need less memory and give the same
     gradient. ``precision`` is of the network's arithmetic in training; weights and
     averages are float32. ``ema_decays`` are those of further averages, kept beside the
-    CHECKPOINT's in the work folder. ``storage`` is of the
-    CHECKPOINT's weights, which carries ``title``; the state is always float32.
+    CHECKPOINT's in the work folder. A ``low_res_size`` above 0 trains a second stage,
+    which sees the picture reduced to that size; Gaussian noise of a random standard
+    deviation up to ``low_res_noise`` makes it forgive a first stage's faults.
+    ``storage`` is of the CHECKPOINT's weights, which carries ``title``; the state is
+    always float32.
     ``vlb_weight`` (of the hybrid loss, with learned variance only) and
     ``min_snr_gamma`` (0: no weighting) are those of :class:`.losses.DiffusionLoss`.
 
@@ -72,6 +77,8 @@ class TrainingConfig:
     """
 
     image_size: int = 32
+    low_res_size: int = 0
+    low_res_noise: float = 0.0
     base_channels: int = 32
     channel_multipliers: tuple[int, ...] = (1, 2, 4)
     residual_blocks: int = 2
@@ -136,6 +143,10 @@ class TrainingConfig:
             raise _refused("title", "at most 200 printable characters", self.title)
         if not _DEVICE.fullmatch(self.device):
             raise _refused("device", "such as cpu, cuda or cuda:1", self.device)
+        if self.low_res_noise and not self.low_res_size:
+            raise InputError(
+                "low res noise is for a second stage", fix="give low_res_size, too"
+            )
         self._check_devices()
 
     def _check_devices(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TIMES, _NOISE = 1, 2
+_TIMES, _NOISE, _LOW_RES = 1, 2, 3
 """Third word of the seeds; the batches' own have two words."""
 
 
@@ -44,4 +44,18 @@ def draw_noise(
     for place, sample in enumerate(samples):
         rng = np.random.default_rng([seed, step, _NOISE, sample])
         rng.standard_normal(dtype=np.float32, out=noise[place])
+    return torch.from_numpy(noise)
+
+
+def draw_low_res_noise(
+    seed: int, step: int, samples: Sequence[int], shape: Sequence[int], most: float
+) -> Tensor:
+    """Noise [n, *shape] float32 for small pictures, its standard deviation uniform
+    from 0 to ``most`` for each sample (Ho et al. 2022, cascaded diffusion, sec. 4.2).
+    """
+    noise = np.empty((len(samples), *shape), dtype=np.float32)
+    for place, sample in enumerate(samples):
+        rng = np.random.default_rng([seed, step, _LOW_RES, sample])
+        level = np.float32(most * rng.random())
+        noise[place] = level * rng.standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(noise)

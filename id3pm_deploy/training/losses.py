@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..reference.step import with_enlarged
 from ..schedule import Float64, noise_schedule
 from ..spec import DiffusionSpec
 
@@ -66,7 +67,13 @@ class DiffusionLoss:
         self.tables = tables.to(torch.float32).to(device)
 
     def __call__(
-        self, network: Network, x0: Tensor, condition: Tensor, t: Tensor, noise: Tensor
+        self,
+        network: Network,
+        x0: Tensor,
+        condition: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        low_res: Tensor | None = None,
     ) -> Losses:
         """The loss at given timesteps and noise.
 
@@ -76,12 +83,15 @@ class DiffusionLoss:
             condition: [N, D].
             t: [N] int64.
             noise: [N, C, H, W].
+            low_res: [N, C, h, w], what a second stage enlarges.
         """
         signal, sigma, weight, shift, low, high = (
             row[t].view(-1, 1, 1, 1) for row in self.tables
         )
         x = signal * x0 + sigma * noise
         targets = {"epsilon": noise, "x0": x0, "v": signal * noise - sigma * x0}
+        if low_res is not None:
+            x = with_enlarged(x, low_res)
         out = network(x, t.float(), condition)
         channels = x0.shape[1]
         error = out[:, :channels] - targets[self.spec.prediction_type]

@@ -12,8 +12,10 @@ from torch import Tensor
 from .. import __version__
 from ..images import PictureMark, contact_sheet, save_sheet, to_uint8
 from ..reference.sampling import guided_denoiser, reference_trajectory
+from ..reference.step import with_enlarged
 from ..reference.unet import IdentityUNet
 from ..spec import DiffusionSpec
+from .low_res import reduce_pictures
 
 _PEOPLE = 8
 _STEPS = 20
@@ -47,7 +49,8 @@ def save_training_sheet(
         step: Shown in the title.
     """
     rows = spread_over_folders(folders, _PEOPLE)
-    made = _sample(network, averaged, spec, torch.from_numpy(vectors[rows]))
+    shown = torch.from_numpy(pictures[rows]).permute(0, 3, 1, 2) / 127.5 - 1.0
+    made = _sample(network, averaged, spec, torch.from_numpy(vectors[rows]), shown)
     mark = PictureMark(
         tool_version=__version__,
         seed=0,
@@ -95,6 +98,7 @@ def _sample(
     averaged: dict[str, Tensor],
     spec: DiffusionSpec,
     identity: Tensor,
+    pictures: Tensor,
 ) -> Any:
     kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.load_state_dict(averaged)
@@ -105,7 +109,10 @@ def _sample(
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(shape, generator=generator).to(device)
         denoise = guided_denoiser(
-            network, identity.to(device), _GUIDANCE, guide_variance=False
+            _enlarging(network, pictures.to(device)),
+            identity.to(device),
+            _GUIDANCE,
+            guide_variance=False,
         )
         last = min(_FIRST_TIMESTEP, spec.schedule.timesteps - 1)
         times = np.rint(np.linspace(last, 0, _STEPS)).astype(int).tolist()
@@ -118,3 +125,18 @@ def _sample(
         network.load_state_dict(kept)
         network.train()
     return to_uint8(x.cpu().numpy())
+
+
+def _enlarging(network: IdentityUNet, pictures: Tensor) -> Any:
+    """The network; a second stage with what it enlarges, the ``pictures`` reduced."""
+    size = network.spec.low_res_size
+    if size is None:
+        return network
+    small = reduce_pictures(pictures, size)
+
+    def run(x: Tensor, timesteps: Tensor, identity: Tensor) -> Tensor:
+        out: Tensor = network(with_enlarged(x, small), timesteps, identity)
+        return out
+
+    run.spec = network.spec  # type: ignore[attr-defined]
+    return run

@@ -47,6 +47,7 @@ def diffusion_spec(config: TrainingConfig, embedder: Embedder) -> DiffusionSpec:
         learned_variance=config.learned_variance,
         dropout=config.model_dropout,
         resblock_updown=config.resblock_updown,
+        low_res_size=config.low_res_size or None,
     )
     identity = IdentitySpec(
         dim=embedder.dim,

@@ -14,9 +14,10 @@ from ..reference.checkpoint import save_checkpoint
 from ..reference.unet import IdentityUNet
 from ..spec import DiffusionSpec
 from .config import TrainingConfig
-from .draws import draw_noise, draw_timesteps
+from .draws import draw_low_res_noise, draw_noise, draw_timesteps
 from .ema import Ema
 from .losses import DiffusionLoss
+from .low_res import reduce_pictures
 from .state import load_state, save_state
 
 if TYPE_CHECKING:
@@ -132,6 +133,10 @@ class Trainer:
         times = draw_timesteps(*place, config.batch_size, self.loss.timesteps)
         noise = draw_noise(*place, x0.shape[1:])
         given = [x0[mine], condition[mine], times, noise]
+        if config.low_res_size:
+            small = reduce_pictures(x0[mine], config.low_res_size)
+            most = config.low_res_noise
+            given.append(small + draw_low_res_noise(*place, small.shape[1:], most))
         batch = [tensor.to(device) for tensor in given]
         with self.accelerator.autocast():
             losses = self.loss(self.forward, *batch)
