@@ -26,6 +26,7 @@ from .arguments import Guidance, Solver, count_with, guidance_of, one_each, solv
 from .attributes import Attributes, Stated, known_to
 from .batch import Batch, Picture, check_finite, joined
 from .control.annealing import Annealing
+from .control.resolve import conditions_of
 from .control.shots import Grid, Shot, grid_of
 from .enlarging import enlarged_mark, low_res_from_pixels
 from .errors import EngineError, InputError
@@ -36,12 +37,14 @@ from .making import (
     Run,
     StagePlan,
     batch_of,
+    check_alone,
     check_directions,
     plan_of_one,
     repeat_runs,
     run_facts,
     served,
     settings_for,
+    settings_of,
     shot_runs,
 )
 from .models import Model, open_model, open_second_stage
@@ -241,8 +244,7 @@ class Sampler:
             )
         stages = self._stage, enlarger
         if shots is not None:
-            if low_res is not None or attributes:
-                raise InputError("shots have attributes of their own, and no low_res")
+            check_alone(attributes, low_res)
             grid, named = grid_of(shots), (file, directions_of(directions))
             settings = settings_for(settings, grid)
             runs = shot_runs(stages, (settings, larger), grid.shots, named)
@@ -314,11 +316,11 @@ class Sampler:
                 identities_of(self.model.spec, identities),
                 directions_of(directions),
             )
+            check_directions(values.get("directions_sha256"), named[1])
             settings = todo.settings, todo.second or todo.settings
             stages = self._stage, None if todo.second is None else self._second
             shots, start = todo.grid.shots, todo.first_sample
             runs = shot_runs(stages, settings, shots, named, start)
-            check_directions(values.get("directions_sha256"), named[1])
             said = run_facts(todo.settings, todo.grid, named[1])
         return self._batches(runs, said, low_res, limits)
 
@@ -341,6 +343,9 @@ class Sampler:
         identity: Identities = None,
         *,
         attributes: Attributes | None = None,
+        shot: Shot | None = None,
+        directions: Directions | str | os.PathLike[str] | None = None,
+        annealing: Annealing | None = None,
         steps: int | None = None,
         guidance: Guidance | None = None,
         seed: int = 0,
@@ -363,6 +368,10 @@ class Sampler:
         Args:
             identity: Of one person; None makes an unconditional picture.
             attributes: Values by name, as ``{"age": 30}``.
+            shot: What the picture is made of, its noise included; ``identity`` has all
+                whom it names.
+            directions: Those that ``shot`` names, or their file.
+            annealing: As for :meth:`sample`.
             steps, guidance, seed, solver: As for :meth:`sample`.
             sample: Number of the sample, which is a part of its noise's address.
             deadline: Of the whole, by ``time.monotonic``.
@@ -381,10 +390,19 @@ class Sampler:
         count = count_with(spec, low_res, 1)
         file = identities_of(spec, identity)
         settings = SampleSettings(
-            solver_of(solver, steps, defaults.STEPS), guidance_of(guidance, spec), seed
+            solver_of(solver, steps, defaults.STEPS),
+            guidance_of(guidance, spec),
+            seed,
+            annealing=annealing,
         )
         stated = attributes or {}
-        wanted = wanted_of(spec, file, count, stated)
+        named = file, directions_of(directions)
+        if shot is None:
+            wanted = wanted_of(spec, file, count, stated)
+        else:
+            check_alone(attributes, low_res)
+            settings = settings_of(settings, shot)
+            wanted = conditions_of(spec, [shot], *named)
         enlarges = self._second if enlarge else None
         if enlarges is not None:
             own = enlarges.model.spec
@@ -394,7 +412,12 @@ class Sampler:
                 seed,
             )
             few = known_to(own.attributes, stated)
-            large = plan_of_one(enlarges, chosen, wanted_of(own, file, 1, few))
+            larger = (
+                wanted_of(own, file, 1, few)
+                if shot is None
+                else conditions_of(own, [shot], *named)
+            )
+            large = plan_of_one(enlarges, chosen, larger)
         plan = plan_of_one(self._stage, settings, wanted)
         small = None if low_res is None else low_res_from_pixels(low_res)
         picture = await served(self._stage, plan, sample, small, deadline)

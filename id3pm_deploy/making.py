@@ -98,7 +98,7 @@ def shot_runs(
     first, second = stages
     return [
         Run(
-            plan(first, _settings_of(settings[0], some[0]), some),
+            plan(first, settings_of(settings[0], some[0]), some),
             None if second is None else plan(second, settings[1], some),
             first_sample + start,
         )
@@ -106,7 +106,20 @@ def shot_runs(
     ]
 
 
-def _settings_of(settings: SampleSettings, shot: Shot) -> SampleSettings:
+def check_alone(attributes: object, low_res: object) -> None:
+    """Refuse what shots say themselves, or cannot be made of.
+
+    Raises:
+        InputError: It is there.
+    """
+    if attributes or low_res is not None:
+        raise InputError(
+            "shots have attributes of their own, and are made of no pictures",
+            fix="state the attributes in each shot, and leave out low_res",
+        )
+
+
+def settings_of(settings: SampleSettings, shot: Shot) -> SampleSettings:
     """A run's settings with the scale and the annealing of a shot, if it has any."""
     guidance, annealing = settings.guidance, settings.annealing
     if shot.scale is not None:

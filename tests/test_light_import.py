@@ -24,6 +24,7 @@ COMMANDS = (
     "export",
     "build-engine",
     "sample",
+    "control",
     "parity",
     "benchmark",
     "bisect",
@@ -38,6 +39,7 @@ HELPS = [
     ["--version"],
     *([name, "--help"] for name in COMMANDS),
     ["bundle", "verify", "--help"],
+    ["control", "vary", "--help"],
     ["cache", "prune", "--help"],
 ]
 HEAVY = {

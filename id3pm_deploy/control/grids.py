@@ -229,7 +229,7 @@ def _other(others: Ids, other: str) -> str:
 
 
 def _with_noise(name: str, noise: int, noises: Noises) -> str:
-    return name if len(noises) == 1 else f"{name}\nnoise {noise}"
+    return name if len(noises) == 1 else f"{name}, noise {noise}"
 
 
 def _people_and_noises(ids: Ids, noises: Noises) -> list[str]:
