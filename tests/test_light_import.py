@@ -57,6 +57,7 @@ HEAVY = {
     "openpeople",
     "polygraphy",
     "safetensors",
+    "sklearn",
     "tensorrt",
     "tensorrt_rtx",
     "torch",
