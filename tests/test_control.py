@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -424,3 +425,48 @@ def test_grids_have_a_place_for_every_shot() -> None:
     stated = grids.attribute_values([A, B], [{}, {"age": 30}], (0, 1))
     assert stated.columns == ("none", "age=30")
     assert len(stated.shots) == 8
+
+
+def test_the_command_repeats_a_grid_of_several_files(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    halves = [
+        dataclasses.replace(PEOPLE, vectors=PEOPLE.vectors[s], ids=PEOPLE.ids[s])
+        for s in (slice(2), slice(2, 5))
+    ]
+    people, others = tmp_path / "people.npz", tmp_path / "others.npz"
+    save_identities(people, halves[0])
+    save_identities(others, halves[1])
+    whose = ["--identity", people, "--threads", 1]
+    out, again = tmp_path / "out", tmp_path / "again"
+    asked = ["--negative", others, "--steps", 2, "--people", 1]
+    done = run("control", "negative", tiny_bundle, *whose, *asked, "--out", out)
+    assert done.exit_code == 0, done.output
+    replay = ["sample", tiny_bundle, *whose, "--replay", out, "--out", again]
+    assert run(*replay).exit_code == 1
+    done = run(*replay, "--others", others)
+    assert done.exit_code == 0, done.output
+    for png in out.glob("*.png"):
+        assert (again / png.name).read_bytes() == png.read_bytes()
+    done = run("sample", tiny_bundle, *whose, "--others", others, "--out", tmp_path)
+    assert "--others cannot go without --replay" in done.output
+
+
+def test_sample_anneals_and_repeats_it(tiny_bundle: Path, tmp_path: Path) -> None:
+    people = tmp_path / "people.npz"
+    save_identities(people, PEOPLE)
+    whose = ["sample", tiny_bundle, "--identity", people, "--threads", 1, "--out"]
+    asked = ["--steps", 3, "--count", 1]
+    plain, moved, again = (tmp_path / name for name in ("plain", "moved", "again"))
+    for done in (
+        run(*whose, plain, *asked),
+        run(*whose, moved, *asked, "--annealing", 1),
+        run(*whose, again, "--replay", moved),
+    ):
+        assert done.exit_code == 0, done.output
+    png = "sample-00000.png"
+    assert (moved / png).read_bytes() == (again / png).read_bytes()
+    pixels = [np.asarray(Image.open(one / png)) for one in (plain, moved)]
+    assert (pixels[0] != pixels[1]).mean() > 0.2
+    record = json.loads((moved / "record.json").read_text())
+    assert (record["format_version"], record["annealing"]["scale"]) == (2, 1)

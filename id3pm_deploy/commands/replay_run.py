@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _ALLOWED = (
     *("model", "identity", "unconditional", "out", "low_res", "super_resolution"),
     *("replay", "deadline", "force", "as_json", "backend", "precision", "threads"),
-    *("device", "compiled", "replay_rows", "trust"),
+    *("others", "directions", "device", "compiled", "replay_rows", "trust"),
 )
 """All else stands in the record."""
 
@@ -59,16 +59,21 @@ def run_again(
     with load(values["model"], super_resolution=second, **engine) as sampler:
         pixels = _low_res(values["low_res"], sampler.model)
         batches = sampler.replay(
-            wanted, _identities(values["identity"]), low_res=pixels, limits=limits
+            wanted,
+            _identities(values["identity"], values["others"]),
+            directions=values["directions"],
+            low_res=pixels,
+            limits=limits,
         )
         joined(list(batches)).save(out, force=force)
     return dict(read_record(out))
 
 
-def _identities(path: Path | None) -> IdentityFile | None:
+def _identities(*paths: Path | None) -> IdentityFile | None:
+    from ..control.resolve import together
     from ..identity.vectors import load_identities
 
-    return None if path is None else load_identities(path)
+    return together(*(load_identities(path) for path in paths if path is not None))
 
 
 def _low_res(path: Path | None, model: Model) -> Any:

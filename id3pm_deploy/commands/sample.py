@@ -65,6 +65,11 @@ _SECOND = ("sr_solver", "sr_steps", "sr_guidance", "sr_batch_size")
     type=click.Choice(GUIDANCE_ROWS),
     help="sequential: guided rows one after the other, in less memory.",
 )
+@option(
+    "--annealing",
+    type=float,
+    help="Scale of noise on the identity at first, for more diverse pictures, as 0.25.",
+)
 @option("--count", default=COUNT, help="Pictures of each identity.")
 @option(
     "--batch-size",
@@ -113,6 +118,18 @@ _SECOND = ("sr_solver", "sr_steps", "sr_guidance", "sr_batch_size")
     help="Make the pictures of an earlier run's record.json again.",
 )
 @click.option(
+    "--others",
+    type=PATH,
+    metavar="FILE.npz",
+    help="Of --replay: further people whom a record of `control` names.",
+)
+@click.option(
+    "--directions",
+    type=PATH,
+    metavar="D.npz",
+    help="Of --replay: the directions that such a record names.",
+)
+@click.option(
     "--deadline",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
@@ -144,6 +161,7 @@ def command(
     the pictures that the first one wrote, given to it with --low-res.
     """
     from ..attributes import parse_attributes
+    from ..control.annealing import Annealing
     from ..generate import check_output, conditions, sample_to_folder
     from ..identity.vectors import load_identities
     from ..models import open_engine, open_model
@@ -163,7 +181,13 @@ def command(
     file = None if identity is None else load_identities(identity)
     pictures, count = _given_pictures(ctx, opened, low_res, file)
     batch_size = values["batch_size"]
-    settings = sample_settings(values, count=count, batch_size=batch_size)
+    if unused := [name for name in ("others", "directions") if given(ctx, name)]:
+        raise InputError(f"{flags(ctx, unused)} cannot go without --replay")
+    scale = values["annealing"]
+    annealing = None if scale is None else Annealing(scale)
+    settings = sample_settings(
+        values, count=count, batch_size=batch_size, annealing=annealing
+    )
     stated = parse_attributes(opened.spec.attributes, values["attribute"])
     wanted = conditions(opened.spec, file, 1 if pictures else count, stated)
     if pictures is not None and len(wanted.ids) == 1:
