@@ -99,12 +99,17 @@ def check_contents(file: IdentityFile, where: str = "the identity vectors") -> N
         problem = f"{len(vectors)} vectors need as many different ids"
     elif not all(_ID.fullmatch(one) for one in file.ids):
         problem = "an id is not a short hexadecimal string"
-    elif not 0 < len(file.model_name) <= _MAX_NAME or not file.model_name.isprintable():
+    elif not is_model_name(file.model_name):
         problem = f"the FR model's name is not 1 to {_MAX_NAME} printable characters"
     elif file.model_sha256 is not None and not _SHA256.fullmatch(file.model_sha256):
         problem = "the FR model's SHA-256 is not 64 lower-case hexadecimal digits"
     if problem:
         raise IdentityError(f"{where} cannot be used", why=problem, fix=_REMAKE)
+
+
+def is_model_name(name: str) -> bool:
+    """Whether an identity file can call an FR model so."""
+    return 0 < len(name) <= _MAX_NAME and name.isprintable()
 
 
 def check_vectors(vectors: npt.NDArray[Any], where: str) -> None:

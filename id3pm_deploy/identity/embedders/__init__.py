@@ -7,6 +7,7 @@ preprocessing that is not the file's usual one is hashed as well, see
 """
 
 from .base import Embedder, checked_vectors
+from .external import CommandEmbedder
 from .function import CallableEmbedder
 from .load import SPEC_HELP, load_embedder
 from .onnx import OnnxEmbedder
@@ -16,6 +17,7 @@ __all__ = [
     "SFACE_FILE",
     "SPEC_HELP",
     "CallableEmbedder",
+    "CommandEmbedder",
     "Embedder",
     "OnnxEmbedder",
     "OpenCVEmbedder",

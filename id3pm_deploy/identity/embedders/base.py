@@ -40,7 +40,7 @@ class Embedder(ABC):
 
     @property
     def dim(self) -> int:
-        """Length D of its vectors, found by embedding a grey picture once."""
+        """Length D of its vectors; a grey picture is embedded to find out."""
         if self._dim is None:
             grey = np.full((1, self.size, self.size, 3), _PROBE, dtype=np.uint8)
             self._dim = int(self.embed(grey).shape[1])
@@ -69,9 +69,10 @@ class Embedder(ABC):
         aligned = _checked_crops(aligned)
         if len(aligned) == 0:
             return np.zeros((0, self.dim), dtype=np.float32)
-        return checked_vectors(
-            self._forward(_resized(aligned, self.size)), len(aligned), self.name
-        )
+        answer = self._forward(_resized(aligned, self.size))
+        vectors = checked_vectors(answer, len(aligned), self.name)
+        self._dim = int(vectors.shape[1])
+        return vectors
 
 
 def checked_vectors(answer: npt.NDArray[Any], count: int, name: str) -> Float32Array:
