@@ -21,7 +21,10 @@ REQUIRES = (
     "onnxruntime>=1.20; extra == 'cpu'",
     "onnxruntime-gpu>=1.20; extra == 'cuda'",
     "tensorrt>=10.3; extra == 'tensorrt'",
+    "cuda-bindings>=12.6.1; extra == 'tensorrt'",
     "tensorrt-rtx-cu13>=1.7; extra == 'rtx'",
+    "cuda-bindings>=13; extra == 'rtx'",
+    "cuda-bindings>=12.6.1,<13; extra == 'jetson'",
     "torch>=2.7; extra == 'export'",
     "diffusers>=0.34; extra == 'export'",
     "onnx>=1.17; extra == 'export'",
@@ -31,7 +34,7 @@ REQUIRES = (
     "accelerate>=1; extra == 'train'",
     "id3pm-deploy[export]; extra == 'train'",
 )
-EXTRAS = ("cpu", "cuda", "tensorrt", "rtx", "export", "train")
+EXTRAS = ("cpu", "cuda", "tensorrt", "rtx", "jetson", "export", "train")
 CORE = {"click": "8.3", "numpy": "2.2", "pillow": "12.0"}
 CPU = {**CORE, "onnxruntime": "1.23.2"}
 EXPORT = {

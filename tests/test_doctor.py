@@ -173,7 +173,7 @@ def test_a_runtime_without_pip_counts(tmp_path: Path) -> None:
     assert found["ok"]
 
 
-RTX = {**EXPORT, "tensorrt-rtx-cu13": "1.7.1.116"}
+RTX = {**EXPORT, "tensorrt-rtx-cu13": "1.7.1.116", "cuda-bindings": "13.5.0"}
 RTX_OUTCOME = Outcome(facts={"version": "1.7.1.116"})
 
 
@@ -311,7 +311,50 @@ def test_recipes_of_plain_tensorrt_name_the_gpu_they_need(
     right = cuda("12.0", capability)
     found = engine(look(tmp_path / "c", CPU, **outcomes, cuda=right), name)
     assert found["build"]["ok"]
+    assert found["run"]["missing"] == ["cuda-bindings>=12.6.1"]
+    whole = {**CPU, "cuda-bindings": "12.9.1"}
+    found = engine(look(tmp_path / "d", whole, **outcomes, cuda=right), name)
     assert found["run"]["missing"] == []
+
+
+@pytest.mark.parametrize(
+    ("release", "name", "bindings", "missing", "fix"),
+    [
+        ("R36 (release), REVISION: 4.3", "orin-nano", "12.9.1", [], ""),
+        (
+            "R36 (release), REVISION: 4.3",
+            "orin-nano",
+            "13.1.0",
+            ["cuda-bindings<13,>=12.6.1, not 13.1.0"],
+            "pip install 'cuda-bindings<13,>=12.6.1'",
+        ),
+        ("R38 (release), REVISION: 2.0", "thor", "13.1.0", [], ""),
+        (
+            "R38 (release), REVISION: 2.0",
+            "thor",
+            "",
+            ["cuda-bindings>=12.6.1"],
+            "pip install 'cuda-bindings>=13,<14'",
+        ),
+    ],
+)
+def test_a_jetson_needs_the_bindings_of_its_cuda(
+    tmp_path: Path, release: str, name: str, bindings: str, missing: list[str], fix: str
+) -> None:
+    put(tmp_path / "root", {"etc/nv_tegra_release": f"# {release}"})
+    packages = {**CPU, **({"cuda-bindings": bindings} if bindings else {})}
+    found = look(
+        tmp_path,
+        packages,
+        changes={"machine": "aarch64"},
+        core=WORKING,
+        onnxruntime=runtime(),
+        tensorrt=Outcome(facts={"version": "10.13.3"}),
+        cuda=cuda("11.0" if name == "thor" else "8.7"),
+    )
+    verdict = engine(found, name)["run"]
+    assert verdict["missing"] == missing
+    assert fix in verdict["fix"]
 
 
 def test_turing_has_a_recipe_of_its_own(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_versions_are_found_and_held_against_the_requirement(tmp_path: Path) -> 
         "by": "onnxruntime",
         "ok": False,
     }
-    (new,) = packages.found("rtx")
+    (new, _) = packages.found("rtx")
     assert (new.ok, new.version) == (True, "1.7")
     (none,) = packages.found("cuda")
     assert none.to_json()["found"] is None

@@ -200,6 +200,21 @@ def _tensorrt_lacks(recipe: EngineRecipe, facts: Facts) -> list[Lack]:
     return _module_lacks(facts, recipe.flavour, found, extra)
 
 
+def _bindings_lacks(recipe: EngineRecipe, facts: Facts) -> list[Lack]:
+    """What is wrong with ``cuda-bindings``, without which no plan is run."""
+    jetpack = ""
+    if facts.jetson is not None and recipe.flavour == "tensorrt":
+        jetpack = str(facts.jetson["jetpack"] or "")
+    extra = "jetson" if jetpack.startswith("6") else EXTRAS[recipe.flavour]
+    found = facts.packages.find("cuda-bindings", extra)
+    if found.ok:
+        return []
+    fix = facts.packages.install_command(extra, (found.requirement,))
+    if jetpack and extra != "jetson":  # TensorRT itself comes from apt
+        fix = "pip install 'cuda-bindings>=13,<14'"
+    return [Lack(_named(found), fix)]
+
+
 def run_verdict(recipe: EngineRecipe, facts: Facts) -> Verdict:
     """Whether the engine, once built, can be run here."""
     lacks: list[Lack] = []
@@ -211,6 +226,7 @@ def run_verdict(recipe: EngineRecipe, facts: Facts) -> Verdict:
     lacks += core_verdict(facts, EXTRAS[recipe.flavour]).lacks
     if recipe.backend == "tensorrt":
         lacks += _tensorrt_lacks(recipe, facts)
+        lacks += _bindings_lacks(recipe, facts)
     elif recipe.flavour == "cpu":
         lacks += _runtime_lacks(facts, "cpu")
     return Verdict(tuple(lacks))
