@@ -214,7 +214,7 @@ class _Program:
         process, self._process = self._process, None
         if process is None or self._end is None:
             return
-        self._said = (self._said + self._end())[-_TAIL:]
+        self._said = (self._said + (self._end() or b""))[-_TAIL:]
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None:
