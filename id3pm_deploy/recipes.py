@@ -1,7 +1,8 @@
 """Mappings (TOML, JSON) to frozen dataclasses, strictly: an unknown key is an error.
 
 Recipes live in ``export/`` and ``engines/`` beside the package, or inside it in a
-wheel. A recipe is named (``cpu``) or given as the path of a file of the same form.
+wheel; those of training in ``training/recipes`` of the package. A recipe is named
+(``cpu``) or given as the path of a file of the same form.
 """
 
 from __future__ import annotations
@@ -123,14 +124,16 @@ def _finite_float(value: float, where: str) -> float:
 
 
 def recipe_folder(kind: str) -> Path:
-    """Where the recipes of ``kind`` (``export`` or ``engines``) lie.
+    """Where the recipes of ``kind`` (``export``, ``engines`` or ``training``) lie.
 
     A wheel carries them inside the package; an editable install or a checkout has
     them at the top of the repository.
     """
     package = Path(__file__).resolve().parent
-    inside = package / "_recipes" / kind
-    return inside if inside.is_dir() else package.parent / kind
+    for inside in (package / "_recipes" / kind, package / kind / "recipes"):
+        if inside.is_dir():
+            return inside
+    return package.parent / kind
 
 
 def recipe_names(kind: str) -> list[str]:
@@ -142,7 +145,7 @@ def load_recipe(kind: str, name: str, into: type[T], settings: Iterable[str] = (
     """Read the recipe ``name`` of ``kind``, or the TOML file of that path.
 
     Args:
-        kind: ``export`` or ``engines``.
+        kind: ``export``, ``engines`` or ``training``.
         name: Name of a recipe, or path of a file ending in ``.toml``.
         into: The dataclass that a recipe of this kind is.
         settings: ``KEY=VALUE`` that replace what the file says, the later of two for

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import PATH, option
+
+if TYPE_CHECKING:
+    from ..training.config import TrainingConfig
 
 
 def _numbers(kind: type) -> Any:
@@ -21,6 +24,22 @@ def _numbers(kind: type) -> Any:
     return parse
 
 
+def _config(recipe: str | None, settings: dict[str, Any]) -> TrainingConfig:
+    """The options; of a recipe, only those that were given replace what it says."""
+    from ..training.config import TrainingConfig
+    from ..training.recipe import config_from_recipe
+
+    if recipe is None:
+        return TrainingConfig(**settings)
+    ctx, default = click.get_current_context(), click.core.ParameterSource.DEFAULT
+    given = {
+        name: value
+        for name, value in settings.items()
+        if ctx.get_parameter_source(name) != default
+    }
+    return config_from_recipe(recipe, given)
+
+
 @click.command()
 @click.argument("faces", nargs=-1, required=True, type=PATH)
 @click.option("--out", required=True, type=PATH, help="CHECKPOINT folder to write.")
@@ -29,6 +48,12 @@ def _numbers(kind: type) -> Any:
 )
 @click.option("--resume", is_flag=True, help="Go on from OUT.training.")
 @click.option("--init", "initial", type=PATH, help="CHECKPOINT to start from.")
+@click.option(
+    "--recipe",
+    metavar="NAME",
+    help="Defaults of the options below: paper64, small64, enlarge128 or a TOML file.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the settings as a recipe.")
 @option("--steps", default=4000, help="Optimizer steps in all.")
 @option("--batch-size", default=16)
 @option("--image-size", default=32, help="Side of the pictures, in pixels.")
@@ -51,11 +76,18 @@ def _numbers(kind: type) -> Any:
 )
 @option("--vlb-weight", default=0.001, help="Weight of its variational part.")
 @option("--min-snr-gamma", default=0.0, help="Min-SNR weighting, 5 say; 0: none.")
+@option(
+    "--normalisation",
+    default="unit_sqrt_dim",
+    type=click.Choice(["raw", "unit", "unit_sqrt_dim"]),
+    help="How identity vectors are scaled.",
+)
 @option("--schedule", default="cosine", type=click.Choice(["cosine", "linear"]))
 @option("--learning-rate", default=5e-4)
 @option("--final-learning-rate", default=5e-5)
 @option("--warmup-steps", default=200)
 @option("--weight-decay", default=0.01)
+@option("--gradient-clip", default=1.0, help="Largest norm of the gradient.")
 @option("--ema-decay", default=0.9995, help="Of the average that CHECKPOINT holds.")
 @option(
     "--ema-decays",
@@ -106,6 +138,8 @@ def command(
     resume: bool,
     initial: Path | None,
     threads: int,
+    recipe: str | None,
+    dry_run: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -122,14 +156,19 @@ def command(
     require("diffusers", extra="train")
     require("accelerate", extra="train")
     from ..identity.embedders import load_embedder
-    from ..training.config import TrainingConfig
+    from ..training.recipe import config_text
     from ..training.run import train
+    from ..training.start import check_run
     from ..training.trainer import work_folder
 
-    config = TrainingConfig(**settings)
+    config = _config(recipe, settings)
     embedder = load_embedder(fr_model)
     if embedder.notice:
         click.echo(f"warning: {embedder.notice}", err=True)
+    if dry_run:
+        spec = check_run(faces, out, config, embedder, resume=resume, threads=threads)
+        click.echo(config_text(config, spec), nl=False)
+        return
     result = train(
         list(faces),
         out,

@@ -24,9 +24,7 @@ from .faces import TrainingFaces, load_faces
 from .loop import TrainingResult, run_steps
 from .start import (
     SETTINGS_NAME,
-    check_machine,
-    check_start,
-    diffusion_spec,
+    check_run,
     initial_weights,
     settings_of,
 )
@@ -68,9 +66,7 @@ def train(
         TrainingError: The state cannot be resumed, or the loss is not finite.
         OutputError: A file cannot be written.
     """
-    check_start(out, config, embedder, resume=resume)
-    spec = diffusion_spec(config, embedder)
-    check_machine(config, spec, folders, threads)
+    spec = check_run(folders, out, config, embedder, resume=resume, threads=threads)
     weights = None if initial is None else initial_weights(initial, spec)
     work = make_folder(work_folder(out))
     try:

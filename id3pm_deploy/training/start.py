@@ -70,6 +70,31 @@ def settings_of(config: TrainingConfig, embedder: Embedder) -> dict[str, Any]:
     return {**asdict(config), **model}
 
 
+def check_run(
+    folders: Sequence[Path],
+    out: Path,
+    config: TrainingConfig,
+    embedder: Embedder,
+    *,
+    resume: bool = False,
+    threads: int = 0,
+) -> DiffusionSpec:
+    """Check all that can be checked before the first picture is read.
+
+    Returns:
+        The facts of the model that would be trained.
+
+    Raises:
+        InputError: Settings, device or ``out`` cannot be used.
+        CheckpointError: The settings contradict each other.
+        TrainingError: There is nothing to resume, or its settings are damaged.
+    """
+    check_start(out, config, embedder, resume=resume)
+    spec = diffusion_spec(config, embedder)
+    check_machine(config, spec, folders, threads)
+    return spec
+
+
 def check_start(
     out: Path, config: TrainingConfig, embedder: Embedder, *, resume: bool
 ) -> None:
