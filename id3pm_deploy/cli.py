@@ -30,6 +30,7 @@ _COMMANDS = {
     "benchmark": "Measure how fast a BUNDLE runs, beside what else could run it.",
     "bisect": "Find which modules have to stay in float32 in half precision.",
     "inspect": "Show what a CHECKPOINT, BUNDLE, picture or identity file holds.",
+    "verify-mark": "Say whether pictures are marked as generated, and unchanged.",
     "cache": "List or remove the TensorRT plans that are kept for the next build.",
     "bundle": "Pack, unpack, verify, sign or migrate a BUNDLE; say whom you trust.",
     "doctor": "Show what is installed for each tier, and how to get what is missing.",

@@ -5,6 +5,7 @@ Every PNG written here carries the mark of :mod:`id3pm_deploy.marks`.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import unicodedata
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ __all__ = [
     "check_pixels",
     "contact_sheet",
     "encode_png",
+    "pixels_sha256",
     "read_mark",
     "save_png",
     "save_sheet",
@@ -82,10 +84,18 @@ def encode_png(pixels: Pixels | Image.Image, mark: PictureMark) -> bytes:
     if not isinstance(pixels, Image.Image):
         pixels = Image.fromarray(check_pixels(pixels))
     info = PngInfo()
-    info.add_itxt(KEYWORD, xmp_packet(mark))
+    info.add_itxt(KEYWORD, xmp_packet(mark, pixels_sha256(np.asarray(pixels))))
     buffer = io.BytesIO()
     pixels.save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()
+
+
+def pixels_sha256(pixels: Pixels) -> str:
+    """SHA-256 of a picture [H,W,3] uint8: of ``HxW`` in decimal, then its bytes."""
+    height, width, _ = pixels.shape
+    digest = hashlib.sha256(f"{height}x{width}".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
 
 
 def check_pixels(pixels: Pixels) -> Pixels:

@@ -1,8 +1,8 @@
 """What a picture of ours says about itself: XMP in a PNG's text chunk.
 
-The mark holds the IPTC digital source type for media made by a trained model and what
-is needed to make the picture again. It never holds the identity it was made from:
-faces are personal data.
+The mark holds the IPTC digital source type for media made by a trained model, what is
+needed to make the picture again, and the SHA-256 of its pixels. It never holds the
+identity it was made from: faces are personal data.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import mmap
 import re
 import struct
 import zlib
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import InputError
+from .files import open_plain
 
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 """IPTC's term for media made by a trained model; a name, not a page to fetch."""
@@ -35,6 +37,8 @@ _XMP = "http://ns.adobe.com/xap/1.0/"
 KEYWORD = "XML:com.adobe.xmp"
 """Of the PNG text chunk that holds the packet."""
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_BEGIN, _END = b"<?xpacket begin=", b"<?xpacket end="
+_DIGEST = "pixels_sha256"
 _TOOL = "id3pm-deploy"
 _TEXTS = (
     "tool_version",
@@ -115,13 +119,16 @@ class PictureMark:
             )
 
 
-def xmp_packet(mark: PictureMark) -> str:
-    """The XMP packet, as text, that says what ``mark`` says."""
+def xmp_packet(mark: PictureMark, pixels_sha256: str = "") -> str:
+    """The XMP packet, as text, that says what ``mark`` says, and of which pixels."""
     source = COMPOSITE if mark.composite else GENERATED
     version = html.escape(mark.tool_version, quote=False)
+    text = _text_from_mark(mark)
+    if pixels_sha256:
+        text[_DIGEST] = pixels_sha256
     ours = "".join(
         f"   <id3pm:{key}>{html.escape(value, quote=False)}</id3pm:{key}>\n"
-        for key, value in _text_from_mark(mark).items()
+        for key, value in text.items()
     )
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
@@ -171,6 +178,42 @@ def read_mark(path: Path) -> PictureMark:
         ) from error
 
 
+def find_mark(path: Path) -> tuple[PictureMark, str]:
+    """The mark in a picture file of any format, and the SHA-256 of its pixels.
+
+    In a PNG it is looked for where this tool puts it, in any other file wherever the
+    header and trailer of an XMP packet stand (XMP part 3, "packet scanning").
+
+    Returns:
+        The mark, and the SHA-256, empty where an earlier version wrote the mark.
+
+    Raises:
+        ValueError: It has no mark, or a bad one; the message is one clause.
+        OSError: It cannot be read, or is no plain file.
+    """
+    try:
+        with open_plain(path, follow=True) as handle:
+            png = handle.read(len(_SIGNATURE)) == _SIGNATURE
+            handle.seek(0)
+            packet = _find_packet(handle) if png else _scan_for_packet(handle)
+        ours, composite = _properties(packet)
+        return _mark_from_text(ours, composite=composite), ours.get(_DIGEST, "")
+    except (struct.error, SyntaxError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _scan_for_packet(handle: BinaryIO) -> str:
+    """The text of the first XMP packet in any file. Raises ValueError."""
+    if not handle.seek(0, io.SEEK_END):
+        raise ValueError("it is empty")
+    with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        begin = data.find(_BEGIN)
+        end = data.find(_END, begin, begin + _LARGEST_PACKET) if begin >= 0 else -1
+        if end < 0:
+            raise ValueError("it has no XMP")
+        return data[begin:end].decode("utf-8")
+
+
 def _find_packet(handle: BinaryIO) -> str:
     """The text of the XMP chunk. Raises ValueError where there is none."""
     if handle.read(8) != _SIGNATURE:
@@ -195,6 +238,13 @@ def _find_packet(handle: BinaryIO) -> str:
 
 def _parse_packet(packet: str) -> PictureMark:
     """The mark in an XMP packet. Raises ValueError or ParseError."""
+    ours, composite = _properties(packet)
+    return _mark_from_text(ours, composite=composite)
+
+
+def _properties(packet: str) -> tuple[dict[str, str], bool]:
+    """Our own properties in an XMP packet that calls a picture generated, and whether
+    it calls it a composite. Raises ValueError or ParseError."""
     import xml.etree.ElementTree as ET  # writing a mark, as sampling does, needs none
 
     if "<!" in packet:  # before any parser: no DOCTYPE, so no entities
@@ -212,7 +262,7 @@ def _parse_packet(packet: str) -> PictureMark:
         raise ValueError("its XMP does not call it generated")
     prefix = f"{{{NAMESPACE}}}"
     ours = {k[len(prefix) :]: v for k, v in found.items() if k.startswith(prefix)}
-    return _mark_from_text(ours, composite=source == COMPOSITE)
+    return ours, source == COMPOSITE
 
 
 def _mark_from_text(text: dict[str, str], *, composite: bool) -> PictureMark:

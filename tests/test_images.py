@@ -19,6 +19,7 @@ from id3pm_deploy.images import (
     PictureMark,
     Pixels,
     contact_sheet,
+    pixels_sha256,
     read_mark,
     save_png,
     save_sheet,
@@ -141,6 +142,7 @@ def test_the_xmp_is_xml_and_calls_the_picture_generated(tmp_path: Path) -> None:
     assert text[iptc] == GENERATED
     assert text["{http://ns.adobe.com/xap/1.0/}CreatorTool"] == "id3pm-deploy 0.1.0"
     values = {k: v for k, v in asdict(MARK).items() if k not in AT_DEFAULT}
+    values["pixels_sha256"] = pixels_sha256(noise(8, 8, 3))
     expected = {f"{{{OURS}}}{key}": str(value) for key, value in values.items()}
     assert {k: v for k, v in text.items() if k.startswith(f"{{{OURS}}}")} == expected
 
