@@ -135,7 +135,7 @@ def test_training_from_real_photos(tmp_path: Path) -> None:
     assert spec.identity.model_sha256 == load_embedder("sface").sha256
     work = tmp_path / "mine.training"
     assert {p.name for p in work.iterdir()} == {
-        "faces.npz",
+        "faces",
         "log.jsonl",
         "settings.json",
         "sheet-0000002.png",

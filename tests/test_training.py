@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image
 
 from id3pm_deploy.errors import InputError, TrainingError
 from id3pm_deploy.identity.embedders import Embedder
@@ -21,7 +20,7 @@ from id3pm_deploy.training import run
 from id3pm_deploy.training.batches import Batches
 from id3pm_deploy.training.config import TrainingConfig
 from id3pm_deploy.training.ema import Ema
-from id3pm_deploy.training.faces import TrainingFaces, load_faces
+from id3pm_deploy.training.faces import TrainingFaces
 from id3pm_deploy.training.losses import DiffusionLoss, Losses
 from id3pm_deploy.training.run import train
 from id3pm_deploy.training.sheet import spread_over_folders
@@ -302,30 +301,3 @@ def test_ema_and_learning_rate() -> None:
     assert config.learning_rate_at(0) == pytest.approx(5e-6)
     assert config.learning_rate_at(300) == 5e-4
     assert config.learning_rate_at(1000) == pytest.approx(5e-5)
-
-
-def test_the_face_cache_is_private_and_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from id3pm_deploy.training import faces as module
-
-    folder, cache = tmp_path / "faces", tmp_path / "cache.npz"
-    folder.mkdir()
-    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / "one.png")
-    calls = []
-
-    def one_face(*_: Any) -> Any:
-        calls.append(1)
-        return np.zeros((2, 16, 16, 3), np.uint8), np.ones((2, 1, 8), np.float32)
-
-    monkeypatch.setattr(module, "_one_face", one_face)
-    for _ in range(2):
-        found = load_faces(
-            [folder], MeanColour(), size=16, margin=1.0, jitter=1, cache=cache
-        )
-    assert len(found) == 1
-    assert calls == [1]
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o600
-    cache.write_bytes(b"damaged")
-    load_faces([folder], MeanColour(), size=16, margin=1.0, jitter=1, cache=cache)
-    assert calls == [1, 1]

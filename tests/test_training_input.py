@@ -7,11 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_training import SMALL, MeanColour, _faces
 
@@ -19,11 +17,9 @@ from id3pm_deploy.commands.train import command
 from id3pm_deploy.errors import Id3pmError, InputError, OutputError, TrainingError
 from id3pm_deploy.reference.checkpoint import save_checkpoint
 from id3pm_deploy.reference.unet import IdentityUNet
-from id3pm_deploy.training import faces as faces_module
 from id3pm_deploy.training import run
 from id3pm_deploy.training.batches import Batches
 from id3pm_deploy.training.config import TrainingConfig
-from id3pm_deploy.training.faces import load_faces, picture_paths
 from id3pm_deploy.training.run import train
 from id3pm_deploy.training.start import diffusion_spec, settings_of
 from id3pm_deploy.training.trainer import Trainer, work_folder
@@ -285,79 +281,7 @@ def test_a_checkpoint_of_another_fr_model_is_no_start(tmp_path: Path) -> None:
     assert "identity.model_sha256" in error.value.why
 
 
-# Pictures
-
-
-def picture(path: Path, size: int = 64) -> Path:
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-    return path
-
-
-def some_face(*_: Any) -> Any:
-    return np.zeros((2, 16, 16, 3), np.uint8), np.ones((2, 1, 8), np.float32)
-
-
-def load(folder: Path) -> Any:
-    return load_faces([folder], MeanColour(), size=16, margin=1.0, jitter=1)
-
-
-def test_folders_without_faces(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no folder"):
-        picture_paths(tmp_path / "absent")
-    (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(InputError, match="no pictures"):
-        picture_paths(tmp_path)
-    grey = np.full((64, 64, 3), 127, np.uint8)
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    with pytest.raises(InputError, match="no picture has exactly one usable face"):
-        load(tmp_path)
-
-
-def test_what_is_no_file_is_no_picture(tmp_path: Path) -> None:
-    good = picture(tmp_path / "good.png")
-    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere.png")
-    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    (tmp_path / "folder.png").mkdir()
-    assert picture_paths(tmp_path) == [good]
-
-
-def test_a_file_that_is_no_picture_is_named_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture(tmp_path / "a.png")
-    (tmp_path / "b.jpg").write_text("no picture")
-    cut = picture(tmp_path / "c.png")
-    cut.write_bytes(cut.read_bytes()[:3000])
-    calls: list[Any] = []
-    monkeypatch.setattr(faces_module, "_one_face", lambda *a: calls.append(a))
-    with pytest.raises(InputError, match=r"b\.jpg and 1 more cannot be read"):
-        load(tmp_path)
-    assert calls == []
-    (tmp_path / "b.jpg").unlink()
-    cut.unlink()
-    monkeypatch.setattr(faces_module, "MAX_PIXELS", 64 * 64 - 1)
-    with pytest.raises(InputError, match=r"a\.png cannot be read"):
-        load(tmp_path)
-
-
-def test_a_picture_damaged_behind_its_header_is_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture(tmp_path / "a.jpg")
-    cut = picture(tmp_path / "b.jpg")
-    cut.write_bytes(cut.read_bytes()[:3000])  # its header is complete
-
-    class Detector:
-        def find_face(self, _: Any) -> Any:
-            return type("Face", (), {"points": faces_points})
-
-    from id3pm_deploy.identity.alignment import ARCFACE_112 as faces_points
-
-    monkeypatch.setattr(faces_module, "FaceDetector", Detector)
-    found = load(tmp_path)
-    assert (len(found), found.skipped) == (1, 1)
+# Shares
 
 
 def test_shares_and_the_folders(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -52,22 +53,53 @@ def read_photo(path: Path) -> Image:
         InputError: It is missing, no picture, damaged or too large.
     """
     try:
-        with quiet_pillow(), open_plain(path, follow=True) as handle:
+        with open_plain(path, follow=True) as handle:
+            return _photo_from_stream(handle, str(path))
+    except FileNotFoundError as error:
+        raise InputError(f"photo {path} does not exist") from error
+    except OSError as error:
+        raise _unreadable(str(path), error) from error
+
+
+def photo_from_bytes(data: bytes, name: str) -> Image:
+    """The same as :func:`read_photo`, for a file's bytes.
+
+    Args:
+        data: The bytes.
+        name: How messages call the picture.
+    """
+    return _photo_from_stream(io.BytesIO(data), name)
+
+
+def check_header(data: bytes, name: str) -> None:
+    """Look at a picture without decoding it.
+
+    Raises:
+        InputError: It is none, too large, or damaged as far as that can be seen.
+    """
+    try:
+        with quiet_pillow(), Pillow.open(io.BytesIO(data), formats=FORMATS) as picture:
+            _check_size(*picture.size)
+            picture.verify()
+    except Exception as error:  # Pillow's decoders raise almost anything
+        raise _unreadable(name, error) from error
+
+
+def _photo_from_stream(handle: BinaryIO, name: str) -> Image:
+    try:
+        with quiet_pillow():
             if _scans(handle) > MAX_SCANS:
-                raise _unreadable(path, f"it has more than {MAX_SCANS} scans")
+                raise ValueError(f"it has more than {MAX_SCANS} scans")
             with Pillow.open(handle, formats=FORMATS) as picture:
-                width, height = picture.size
-                if width * height > MAX_PIXELS:
-                    raise _unreadable(path, f"it is {width}x{height} pixels")
-                rgb = _rgb_from_picture(picture)
+                _check_size(*picture.size)
+                return _rgb_from_picture(picture)
     except Exception as error:  # Pillow's decoders raise almost anything on bad data
-        if isinstance(error, InputError):
-            raise
-        if isinstance(error, FileNotFoundError):
-            raise InputError(f"photo {path} does not exist") from error
-        why = getattr(error, "strerror", None) or str(error).split(" <")[0]
-        raise _unreadable(path, why) from error
-    return rgb
+        raise _unreadable(name, error) from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"it is {width}x{height} pixels")
 
 
 def _scans(handle: BinaryIO) -> int:
@@ -85,10 +117,11 @@ def _scans(handle: BinaryIO) -> int:
     return found
 
 
-def _unreadable(path: Path, why: str) -> InputError:
+def _unreadable(name: str, error: Exception) -> InputError:
+    why = getattr(error, "strerror", None) or str(error).split(" <")[0]
     return InputError(
-        f"{path} cannot be read as a photo",
-        why=why,
+        f"{name} cannot be read as a photo",
+        why=why or type(error).__name__,
         fix="give a complete JPEG, PNG or WebP of at most 100 megapixels",
     )
 

@@ -1,34 +1,41 @@
-"""From folders of pictures to aligned faces and their identity vectors.
+"""From folders and shards of pictures to aligned faces and their identity vectors.
 
-Every face is found, aligned and embedded once; its mirror image is embedded on its
-own, because an FR model does not see the two as the same picture. A file that is no
-picture is refused by name before the first face is embedded; one that turns out to be
-damaged while it is decoded is skipped like a picture without a face. The result may be
-kept in a cache file that only its owner can read (mode 0600).
+Every face is found, aligned and embedded once, and kept in a cache that grows while
+this is going on; its mirror image is embedded on its own, because an FR model does not
+see the two as the same picture. Pictures that cannot be read are named, and refused or
+left out; those without one usable face and those that are there twice are left out and
+told.
 """
 
 from __future__ import annotations
 
 import hashlib
-import zipfile
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image as Pillow
 
-from ..errors import FaceError, InputError
-from ..files import atomic_path
+from ..attributes import encode_attributes
+from ..errors import FaceError, InputError, some_of
 from ..identity.alignment import FaceDetector, align
-from ..identity.embed import FORMATS, MAX_PIXELS, quiet_pillow, read_photo
+from ..identity.embed import check_header, photo_from_bytes
 from ..identity.embedders import Embedder
 from ..progress import progress
+from ..spec import AttributeSpec
+from .cache import FaceCache, KnownFace
+from .labels import Row, check_stated, read_tables, stated_attributes
+from .pictures import Picture, list_pictures
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _FR_SIZE = 112
 _JITTER_PIXELS = 2.0
+_CROPS = 64
+"""Crops and their mirror images that an FR model is given at once, about."""
+_NAMED = 20
+_SAME = "it is the same picture as another one"
 
 
 @dataclass(frozen=True)
@@ -38,62 +45,59 @@ class TrainingFaces:
     Attributes:
         pictures: [n, 2, S, S, 3] uint8 RGB; index 1 of axis 1 is the mirror image.
         vectors: [n, 2, J, D] float32, raw identity vectors of J shifted crops each.
-        folders: [n] int64, which of the given folders a face came from.
-        skipped: How many pictures had no single usable face or were damaged.
+        folders: [n] int64, which of the given folders and shards a face came from.
+        skipped: How many pictures were left out.
+        attributes: [n, A] float32, encoded; None stands for A = 0.
     """
 
     pictures: npt.NDArray[np.uint8]
     vectors: npt.NDArray[np.float32]
     folders: npt.NDArray[np.int64]
     skipped: int
+    attributes: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.pictures)
 
 
-def picture_paths(folder: Path) -> list[Path]:
-    """Picture files in ``folder`` and below, sorted; broken links do not count.
+class FaceCut(NamedTuple):
+    """How a face is cut out of its picture, see :func:`load_faces`."""
 
-    Raises:
-        InputError: No such folder, or no picture in it.
-    """
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}", fix="give a folder of faces")
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
-    if not found:
+    size: int
+    margin: float
+    jitter: int
+    seed: int
+
+
+class _LeftOut:
+    """Which pictures are left out, and why."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, picture: Picture, why: str) -> None:
+        self.names.setdefault(why, []).append(picture.place.name)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.names.values()))
+
+    def lines(self) -> list[str]:
+        """One line a reason, with the pictures' names."""
+        return [
+            f"{len(names)} not used: {why}: {some_of(names, _NAMED)}"
+            for why, names in self.names.items()
+        ]
+
+    def refuse(self, total: int) -> None:
+        """Raise :class:`InputError` if a picture is in here."""
+        if not self.names:
+            return
         raise InputError(
-            f"{folder} holds no pictures", fix=f"put {', '.join(SUFFIXES)} files in it"
-        )
-    return found
-
-
-def check_pictures(paths: Sequence[Path]) -> None:
-    """Look at all pictures without decoding them: some seconds for a thousand.
-
-    Raises:
-        InputError: Some are no pictures, or too large; the first of them is named.
-    """
-    bad = []
-    for path in paths:
-        try:
-            with quiet_pillow(), Pillow.open(path, formats=FORMATS) as picture:
-                width, height = picture.size
-                picture.verify()
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"it is {width}x{height} pixels")
-        except Exception as error:  # Pillow's decoders raise almost anything
-            why = getattr(error, "strerror", None) or str(error).split(" '")[0]
-            bad.append((path, why))
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise InputError(
-            f"{bad[0][0]}{more} cannot be read as pictures",
-            why=bad[0][1],
-            fix="remove them, or put complete pictures in their place",
+            f"{len(self)} of {total} pictures cannot be used",
+            why="; ".join(
+                f"{some_of(names, _NAMED)}: {why}" for why, names in self.names.items()
+            ),
+            fix="put complete ones in their place, or leave them out with --skip-bad",
         )
 
 
@@ -106,118 +110,225 @@ def load_faces(
     jitter: int,
     seed: int = 0,
     cache: Path | None = None,
+    attributes: Sequence[AttributeSpec] = (),
+    tables: Sequence[Path] = (),
+    skip_bad: bool = False,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> TrainingFaces:
-    """Find, align and embed every face in ``folders``.
+    """Find, align and embed every face in some folders and shards.
 
-    A picture without exactly one usable face is skipped and counted, and so is one
-    whose header is sound and whose pixels cannot be decoded.
+    A picture without exactly one usable face is left out and told, and so is one whose
+    bytes or pixels are those of an earlier one. One that cannot be read, or whose
+    attributes are out of range, is refused: what its header or its attributes give away
+    before anything is embedded, the rest when all have been looked at, so that all are
+    named and what was embedded is kept.
 
     Args:
-        folders: Folders of pictures, searched with their subfolders.
+        folders: Folders of pictures, searched with their subfolders, and tar shards.
         embedder: The FR model.
         size: Side S of the training pictures, in pixels.
         margin: How much is shown around the face (see ``align``).
         jitter: Number J of crops embedded for each face; the first is not shifted.
         seed: Seed of the shifts.
-        cache: Where to keep the result, or find it again.
+        cache: Folder to keep faces in, and to find them again.
+        attributes: What is conditioned on beside identity.
+        tables: CSV tables that state attributes (see ``labels``).
+        skip_bad: Leave out and tell what would be refused.
+        tell: Called with each line about what is left out.
 
     Raises:
-        InputError: A folder is missing or empty, a file is no picture (found before
-            anything is embedded), or no picture has a usable face.
+        InputError: A folder is missing or empty, a picture cannot be used, no picture
+            states an attribute, or none has a usable face.
+        IdentityError: The FR model's answer is unusable; what was embedded is kept.
     """
-    paths = [(i, p) for i, folder in enumerate(folders) for p in picture_paths(folder)]
-    key = _cache_key(paths, embedder, (size, margin, jitter, seed))
-    if cache is not None and (kept := _read_cache(cache, key)) is not None:
-        return kept
-    check_pictures([path for _, path in paths])
-    detector = FaceDetector()
-    rng = np.random.default_rng(seed)
-    pictures, vectors, sources = [], [], []
-    with progress(len(paths), "faces") as tick:
-        for folder, path in paths:
-            try:
-                face = _one_face(path, detector, embedder, size, margin, jitter, rng)
-            except FaceError:
-                face = None
-            if face is not None:
-                pictures.append(face[0])
-                vectors.append(face[1])
-                sources.append(folder)
-            tick()
-    if not pictures:
+    cut = FaceCut(size, margin, jitter, seed)
+    if tables and not attributes:
+        raise InputError(
+            "a table of attributes was given and no attribute declared",
+            fix="declare what to take from it with --attribute",
+        )
+    stated = read_tables(tables, attributes)
+    pictures = list_pictures(folders)
+    kept = FaceCache(cache, repr((embedder.name, embedder.sha256, *cut)))
+    left, bad = _LeftOut(), _LeftOut()
+
+    def refuse() -> None:
+        if not skip_bad:
+            bad.refuse(len(pictures))
+
+    rows = list(_rows(pictures, attributes, stated, bad))
+    digests = list(_digests([one for one, _ in rows], kept, bad))
+    refuse()
+    _embed_new(digests, kept, cut, embedder, bad)
+    refuse()
+    row_of = {id(picture): row for picture, row in rows}
+    used = list(_usable(digests, kept, left))
+    for line in (*bad.lines(), *left.lines()):
+        tell(line)
+    if not used:
         raise InputError(
             "no picture has exactly one usable face",
             fix="give pictures of one person each, facing the camera",
         )
-    faces = TrainingFaces(
-        np.stack(pictures),
-        np.stack(vectors),
-        np.array(sources, dtype=np.int64),
-        len(paths) - len(pictures),
+    stated_rows = [row_of[id(picture)] for picture, _ in used]
+    check_stated(stated_rows, attributes)
+    return TrainingFaces(
+        *_arrays([face for _, face in used]),
+        np.array([picture.source for picture, _ in used], dtype=np.int64),
+        len(pictures) - len(used),
+        encode_attributes(attributes, stated_rows),
     )
-    if cache is not None:
-        _write_cache(cache, key, faces)
-    return faces
 
 
-def _one_face(
-    path: Path,
-    detector: FaceDetector,
+def _rows(
+    pictures: Sequence[Picture],
+    attributes: Sequence[AttributeSpec],
+    tables: Any,
+    bad: _LeftOut,
+) -> Iterator[tuple[Picture, Row]]:
+    """The pictures whose attributes can be used, with them."""
+    for picture in pictures:
+        try:
+            row = stated_attributes(picture, attributes, tables) if attributes else {}
+        except InputError as error:
+            bad.add(picture, f"{error.what}, {error.why}" if error.why else error.what)
+            continue
+        yield picture, row
+
+
+def _digests(
+    pictures: Sequence[Picture], cache: FaceCache, bad: _LeftOut
+) -> Iterator[tuple[Picture, str]]:
+    """The pictures that can be read as far as their headers tell, with the SHA-256 of
+    their bytes."""
+    with progress(len(pictures), "reading") as tick:
+        for picture in pictures:
+            tick()
+            try:
+                data = picture.place.read()
+                digest = hashlib.sha256(data).hexdigest()
+                if digest not in cache.faces:
+                    check_header(data, picture.place.name)
+            except InputError as error:
+                bad.add(picture, error.why)
+                continue
+            yield picture, digest
+
+
+def _embed_new(
+    pictures: Sequence[tuple[Picture, str]],
+    cache: FaceCache,
+    cut: FaceCut,
     embedder: Embedder,
-    size: int,
-    margin: float,
-    jitter: int,
-    rng: np.random.Generator,
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    bad: _LeftOut,
+) -> None:
+    """Put every picture that is not in the cache there."""
+    new: dict[str, list[Picture]] = {}
+    for picture, digest in pictures:
+        if digest not in cache.faces:
+            new.setdefault(digest, []).append(picture)
+    if not new:
+        return
+    detector, todo = FaceDetector(), iter(new.items())
+    at_once = max(1, _CROPS // (2 * cut.jitter))
     try:
-        rgb = read_photo(path)
-    except InputError as error:  # damaged behind its header, or gone by now
-        raise FaceError(error.what, why=error.why) from error
+        with progress(len(new), "faces") as tick:
+            while group := list(itertools.islice(todo, at_once)):
+                _embed_group(group, cache, cut, embedder, detector, bad)
+                tick(len(group))
+    finally:
+        cache.flush()
+
+
+def _embed_group(
+    group: Sequence[tuple[str, Sequence[Picture]]],
+    cache: FaceCache,
+    cut: FaceCut,
+    embedder: Embedder,
+    detector: FaceDetector,
+    bad: _LeftOut,
+) -> None:
+    """Find and cut the faces of some pictures, and embed them at once.
+
+    Beside each SHA-256 stand the pictures whose bytes have it.
+    """
+    found, crops = [], []
+    for digest, same in group:
+        place = same[0].place
+        try:
+            rgb = photo_from_bytes(place.read(), place.name)
+        except InputError as error:
+            for picture in same:
+                bad.add(picture, error.why)
+            continue
+        pixels = hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()
+        try:
+            face, around = cut_face(rgb, digest, cut, detector)
+        except FaceError as error:
+            cache.add(digest, KnownFace(pixels, error.what))
+            continue
+        found.append((digest, pixels, face))
+        crops.append(around)
+    if not found:
+        return
+    vectors = embedder.embed(np.concatenate(crops))
+    vectors = vectors.reshape(len(found), 2, cut.jitter, -1)
+    for (digest, pixels, face), row in zip(found, vectors, strict=True):
+        cache.add(digest, KnownFace(pixels, "", face, row.copy()))
+
+
+def cut_face(
+    rgb: npt.NDArray[np.uint8], digest: str, cut: FaceCut, detector: FaceDetector
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """The face of a picture, and the crops of it that an FR model is shown.
+
+    Args:
+        rgb: [H, W, 3] uint8.
+        digest: SHA-256 of the picture's file, in hexadecimal; with the seed it fixes
+            the crops' shifts, whatever other pictures there are.
+        cut: How to cut.
+        detector: What finds the face.
+
+    Returns:
+        [S, S, 3] uint8, and [2 J, 112, 112, 3] uint8, of which the second half mirrors
+        the first.
+
+    Raises:
+        FaceError: There is no single usable face.
+    """
     points = detector.find_face(rgb).points
-    picture = align(rgb, points, size, margin)
+    rng = np.random.default_rng([cut.seed, int(digest[:16], 16)])
+    spread = _JITTER_PIXELS * np.linalg.norm(points[0] - points[1]) / 35.0
     crops = []
-    scale = np.linalg.norm(points[0] - points[1]) / 35.0
-    for j in range(jitter):
-        shift = rng.normal(0.0, _JITTER_PIXELS * scale, points.shape) if j else 0.0
+    for j in range(cut.jitter):
+        shift = rng.normal(0.0, spread, points.shape) if j else 0.0
         crops.append(align(rgb, points + shift, _FR_SIZE))
     mirrored = [crop[:, ::-1] for crop in crops]
-    vectors = embedder.embed(np.ascontiguousarray(np.stack(crops + mirrored)))
-    return np.stack([picture, picture[:, ::-1]]), vectors.reshape(2, jitter, -1)
+    return align(rgb, points, cut.size, cut.margin), np.stack(crops + mirrored)
 
 
-def _cache_key(
-    paths: Sequence[tuple[int, Path]], embedder: Embedder, settings: tuple[float, ...]
-) -> str:
-    digest = hashlib.sha256(repr((embedder.name, embedder.sha256, settings)).encode())
-    for folder, path in paths:
-        status = path.stat()
-        entry = (folder, path.name, status.st_size, status.st_mtime_ns)
-        digest.update(repr(entry).encode())
-    return digest.hexdigest()
+def _usable(
+    pictures: Sequence[tuple[Picture, str]], cache: FaceCache, left: _LeftOut
+) -> Iterator[tuple[Picture, KnownFace]]:
+    """The pictures with a face, of the same ones only the first."""
+    seen: set[str] = set()
+    for picture, digest in pictures:
+        face = cache.faces.get(digest)
+        if face is None:  # it could not be read, which has been told
+            continue
+        if face.pixels in seen:
+            left.add(picture, _SAME)
+        elif face.problem:
+            left.add(picture, face.problem)
+        else:
+            yield picture, face
+        seen.add(face.pixels)
 
 
-def _read_cache(path: Path, key: str) -> TrainingFaces | None:
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            if str(kept["key"]) != key:
-                return None
-            return TrainingFaces(
-                kept["pictures"],
-                kept["vectors"],
-                kept["folders"],
-                int(kept["skipped"]),
-            )
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        return None
-
-
-def _write_cache(path: Path, key: str, faces: TrainingFaces) -> None:
-    with atomic_path(path, 0o600) as temporary, open(temporary, "wb") as handle:
-        np.savez(
-            handle,
-            key=np.array(key),
-            pictures=faces.pictures,
-            vectors=faces.vectors,
-            folders=faces.folders,
-            skipped=np.array(faces.skipped),
-        )
+def _arrays(
+    faces: Sequence[KnownFace],
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Pictures with their mirror images, and vectors."""
+    seen = np.stack([face.picture for face in faces if face.picture is not None])
+    vectors = [face.vectors for face in faces if face.vectors is not None]
+    return np.stack([seen, seen[:, :, ::-1]], axis=1), np.stack(vectors)

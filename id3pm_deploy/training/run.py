@@ -30,7 +30,7 @@ from .start import (
 )
 from .trainer import Plan, Trainer, work_folder
 
-CACHE_NAME = "faces.npz"
+CACHE_NAME = "faces"
 _OUR_ERROR = re.compile(r"^id3pm_deploy\.errors\.\w+: (.*)", re.MULTILINE | re.DOTALL)
 
 

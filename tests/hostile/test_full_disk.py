@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ class Writer:
         earlier: Commands that make an older result first.
         options: Added to ``command`` where there is an older result.
         build: Whether it needs torch.
-        whole: What may be new after a failure: folders, and files that are complete
-            and from which a run is resumed.
+        whole: What may be new after a failure: folders, and files (or patterns) that
+            are complete and from which a run is resumed.
     """
 
     command: str
@@ -113,7 +114,7 @@ WRITERS = {
         f"{TRAIN} 1",
         "faces",
         build=True,
-        whole=(WORK, f"{WORK}/faces.npz", *RESUMED),
+        whole=(WORK, f"{WORK}/faces", f"{WORK}/faces/*", *RESUMED),
     ),
     "train on": Writer(
         f"{TRAIN} 2 --resume",
@@ -246,7 +247,8 @@ def check_intact(
     changed = {
         name for name in {*now, *before} if now.get(name, "") != before.get(name, "")
     }
-    assert {name for name in changed if Path(name).name != ".lock"} <= set(whole)
+    others = {name for name in changed if Path(name).name != ".lock"}
+    assert [n for n in others if not any(fnmatch(n, one) for one in whole)] == []
     for name in changed & {f"{WORK}/settings.json", f"{WORK}/log.jsonl"}:
         text = (now[name] or b"").decode()
         for part in text.splitlines() if name.endswith("l") else [text]:
