@@ -35,7 +35,7 @@ from id3pm_deploy.identity.vectors import identity_file
 from id3pm_deploy.models import open_engine, open_model
 from id3pm_deploy.progress import progress
 from id3pm_deploy.solvers import SolverSettings, solver_table
-from id3pm_deploy.training.faces import picture_paths
+from id3pm_deploy.training.pictures import picture_paths
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -12,7 +12,7 @@ from ..errors import FaceError, InputError, some_of
 from ..identity.alignment import FaceDetector, Points, align
 from ..identity.embed import read_photo
 from ..images import Pixels
-from ..training.faces import picture_paths
+from ..training.pictures import picture_paths
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..parity.machine import machine_facts
 from ..parity.sides import Side, SideRequest, check_same_function, open_side
 from ..progress import progress
 from ..solvers import solver_table
-from ..training.faces import picture_paths
+from ..training.pictures import picture_paths
 from .measure import Measured, Subject, Yardstick, measured
 from .people import Cut, Photos, people_in, read_faces
 from .result import Evaluation
