@@ -49,8 +49,9 @@ def _check_target(path: Path, force: bool) -> None:
     default="sface",
     show_default=True,
     metavar="SPEC",
-    help="FR model: sface; onnx:FILE?mean=127.5&std=127.5&order=rgb; or "
-    "package.module:function, called with uint8 RGB [n,112,112,3].",
+    help="FR model: sface; onnx:FILE?mean=127.5&std=127.5&order=rgb; opencv:FILE; "
+    "package.module:function, called with uint8 RGB [n,112,112,3]; or "
+    "command:PROGRAM ARG... (docs/fr-models.md).",
 )
 @click.option(
     "--detector",
