@@ -470,3 +470,35 @@ def test_sample_anneals_and_repeats_it(tiny_bundle: Path, tmp_path: Path) -> Non
     assert (pixels[0] != pixels[1]).mean() > 0.2
     record = json.loads((moved / "record.json").read_text())
     assert (record["format_version"], record["annealing"]["scale"]) == (2, 1)
+
+
+def test_attributes_and_both_stages(tmp_path: Path) -> None:
+    """A second stage knows fewer attributes, and takes the shot's noise number."""
+    from id3pm_deploy.reference.checkpoint import save_checkpoint
+    from id3pm_deploy.spec import AttributeSpec
+
+    age = AttributeSpec("age", "numeric", 0.0, 100.0)
+    hat = AttributeSpec("hat", "categorical", categories=("no", "yes"))
+    specs = {
+        "base": tiny_spec(attributes=(age, hat)),
+        "large": tiny_spec(attributes=(hat,), image_size=32, low_res_size=16),
+    }
+    for name, spec in specs.items():
+        save_checkpoint(tmp_path / name, spec, tiny_network(spec).state_dict())
+    stated: list[dict[str, Any]] = [{}, {"age": 20}, {"age": 20, "hat": "yes"}]
+    grid = grids.attribute_values([A], stated)
+    large = tmp_path / "large"
+    with id3pm_deploy.load(tmp_path / "base", super_resolution=large) as sampler:
+        given: dict[str, Any] = {"steps": 2, "sr_steps": 2}
+        (batch,) = sampler.sample(PEOPLE, shots=grid, **given)
+        assert batch.pixels.shape == (3, 32, 32, 3)
+        plain = sampler.sample_all(
+            PEOPLE, attributes=stated[2], count=1, **given, batch_size=1
+        )
+        assert (batch.pixels[2] == plain[0]).all()
+        assert len({one.tobytes() for one in batch.pixels}) == 3
+        batch.save(tmp_path / "out")
+        (again,) = sampler.replay(tmp_path / "out", PEOPLE)
+        assert (again.pixels == batch.pixels).all()
+        with pytest.raises(InputError, match="must be from 0 to 100"):
+            made(sampler, Shot(A, attributes={"age": 200}), steps=2)
