@@ -105,7 +105,7 @@ def test_the_command_has_an_option_for_every_setting() -> None:
     for field in dataclasses.fields(TrainingConfig):
         assert field.name in options, field.name
         default: Any = options[field.name].default
-        if isinstance(field.default, tuple):
+        if isinstance(default, str) and isinstance(field.default, tuple):
             default = tuple(float(part) for part in default.split(",") if part)
         assert default == field.default, field.name
 

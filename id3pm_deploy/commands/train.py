@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import PATH, option
+from .options import PATH, option, printable
 
 if TYPE_CHECKING:
     from ..training.config import TrainingConfig
@@ -96,6 +96,25 @@ def _config(recipe: str | None, settings: dict[str, Any]) -> TrainingConfig:
     help="Decays of further averages, kept in OUT.training.",
 )
 @option("--condition-dropout", default=0.1, help="Share trained without identity.")
+@option(
+    "--attribute",
+    "attributes",
+    default=(),
+    multiple=True,
+    metavar="NAME=LOW..HIGH",
+    help="Condition on it as well, or on NAME=ONE|OTHER; may be repeated.",
+)
+@option("--attribute-dropout", default=0.1, help="Share trained without each.")
+@option("--joint-dropout", default=0.05, help="Share without identity or any of them.")
+@click.option(
+    "--attributes-from",
+    "tables",
+    multiple=True,
+    type=PATH,
+    metavar="FILE.csv",
+    help="Table with a column `file`, relative to it, and one for each attribute.",
+)
+@click.option("--skip-bad", is_flag=True, help="Leave out pictures that are damaged.")
 @option("--identity-noise", default=0.0, help="Noise on the vector, per entry.")
 @option("--identity-jitter", default=1, help="Shifted crops embedded a face.")
 @option("--crop-margin", default=1.15, help="How much to show around the face.")
@@ -138,15 +157,18 @@ def command(
     resume: bool,
     initial: Path | None,
     threads: int,
+    tables: tuple[Path, ...],
+    skip_bad: bool,
     recipe: str | None,
     dry_run: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Train a CHECKPOINT on FACES, folders of pictures with one person each.
+    """Train a CHECKPOINT on FACES, pictures with one person each.
 
-    Faces are found, aligned and embedded once. State, log and contact sheets go to
-    OUT.training, which holds personal data: delete it when the run is done.
+    FACES are folders, or tar shards as WebDataset has them: KEY.jpg or KEY.png, and
+    KEY.json with attributes. Faces are found, aligned and embedded once. State, log and
+    contact sheets go to OUT.training, which holds personal data: `wipe OUT` removes it.
     """
     from dataclasses import asdict
 
@@ -177,6 +199,9 @@ def command(
         resume=resume,
         initial=initial,
         threads=threads,
+        tables=tables,
+        skip_bad=skip_bad,
+        tell=lambda line: click.echo(printable(line), err=True),
     )
     if as_json:
         click.echo(json.dumps(asdict(result)))
@@ -187,4 +212,4 @@ def command(
         f"trained      {result.steps} steps on {result.faces} faces "
         f"({result.skipped} pictures skipped), {loss}"
     )
-    click.echo(f"work folder  {work_folder(out)} (personal data: delete it when done)")
+    click.echo(f"work folder  {work_folder(out)} (personal data: wipe it when done)")

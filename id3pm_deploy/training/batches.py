@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,7 +32,15 @@ class Batches:
             faces.vectors.reshape(-1, dim), config.normalisation
         )
         self.vectors = flat.reshape(n, flips, jitter, dim)
+        self.attributes = np.zeros((n, 0), np.float32)
+        if faces.attributes is not None:
+            self.attributes = faces.attributes
         self.weights = face_weights(faces.folders, config.shares)
+
+    @property
+    def conditions(self) -> npt.NDArray[np.float32]:
+        """What each face's picture is conditioned on, [n, D], nothing dropped."""
+        return np.concatenate([self.vectors[:, 0, 0], self.attributes], axis=1)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Pictures [N, 3, S, S] in [-1, 1] and conditions [N, D] of ``step``."""
@@ -49,8 +58,22 @@ class Batches:
             vectors = vectors + spread * rng.standard_normal(vectors.shape)
             vectors *= norms / np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors[rng.random(count) < config.condition_dropout] = 0.0
+        columns = self.attributes[rows]
+        if columns.size:
+            self._drop(rng, vectors, columns)
+        condition = np.concatenate([vectors, columns], axis=1).astype(np.float32)
         x0 = torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())
-        return x0, torch.from_numpy(vectors.astype(np.float32))
+        return x0, torch.from_numpy(condition)
+
+    def _drop(self, rng: np.random.Generator, vectors: Any, columns: Any) -> None:
+        """Take attributes away, each on its own, and of some samples everything."""
+        count, start = len(columns), 0
+        for spec in self.config.attribute_specs:
+            lost = rng.random(count) < self.config.attribute_dropout
+            columns[lost, start : start + spec.columns] = 0.0
+            start += spec.columns
+        nothing = rng.random(count) < self.config.joint_dropout
+        vectors[nothing], columns[nothing] = 0.0, 0.0
 
 
 def face_weights(folders: Any, shares: Sequence[float]) -> Any:

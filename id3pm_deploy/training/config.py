@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import InputError
-from ..spec import Normalisation, PredictionType
+from ..spec import AttributeSpec, Normalisation, PredictionType
+from .labels import declared_attribute
 
 _MOST = 1_000_000_000
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -42,6 +43,12 @@ _CHOICES = {
     "precision": ("float32", "bfloat16", "float16"),
     "storage": ("float32", "float16"),
 }
+_DROPOUTS = (
+    "condition_dropout",
+    "attribute_dropout",
+    "joint_dropout",
+    "model_dropout",
+)
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d{1,3})?")
 
 
@@ -71,6 +78,12 @@ class TrainingConfig:
     always float32.
     ``vlb_weight`` (of the hybrid loss, with learned variance only) and
     ``min_snr_gamma`` (0: no weighting) are those of :class:`.losses.DiffusionLoss`.
+
+    ``attributes`` are declared as ``age=0..100`` or ``glasses=yes|no`` and condition
+    the network beside identity. ``condition_dropout`` is the share of samples that see
+    no identity, ``attribute_dropout`` that of those that do not see an attribute, each
+    drawn on its own; where there are attributes, ``joint_dropout`` of the samples see
+    nothing at all, which would be rare otherwise and is what guidance leads away from.
 
     Raises:
         InputError: A value is out of its range, or two contradict each other.
@@ -102,6 +115,9 @@ class TrainingConfig:
     ema_decay: float = 0.9995
     ema_decays: tuple[float, ...] = ()
     condition_dropout: float = 0.1
+    attributes: tuple[str, ...] = ()
+    attribute_dropout: float = 0.1
+    joint_dropout: float = 0.05
     identity_noise: float = 0.0
     identity_jitter: int = 1
     crop_margin: float = 1.15
@@ -123,10 +139,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if not low <= value <= high:  # NaN fails as well
                 raise _refused(name, f"from {low} to {high}", value)
-        shares = {
-            name: getattr(self, name)
-            for name in ("condition_dropout", "ema_decay", "model_dropout")
-        }
+        shares = {name: getattr(self, name) for name in (*_DROPOUTS, "ema_decay")}
         shares |= {f"ema_decays {place}": d for place, d in enumerate(self.ema_decays)}
         for name, value in shares.items():
             if not 0.0 <= value < 1.0:
@@ -176,11 +189,19 @@ class TrainingConfig:
                 raise _refused(name, "at most 16 numbers from 1 to 4096", list(values))
         if not self.channel_multipliers:
             raise _refused("channel_multipliers", "at least one number", "none")
+        specs = self.attribute_specs  # or an error about one of them
+        if len({spec.name for spec in specs}) != len(specs):
+            raise _refused("attributes", "of different names", list(self.attributes))
         usable = all(0 <= share <= 1e9 for share in self.shares)
         if not usable or (self.shares and not sum(self.shares) > 0):
             raise _refused(
                 "shares", "numbers from 0 on, one of them above", list(self.shares)
             )
+
+    @property
+    def attribute_specs(self) -> tuple[AttributeSpec, ...]:
+        """The attributes that are declared."""
+        return tuple(map(declared_attribute, self.attributes))
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, a plateau for half of the run, then a straight line down."""

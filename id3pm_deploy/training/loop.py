@@ -47,6 +47,9 @@ def run_steps(trainer: Trainer, faces: TrainingFaces) -> TrainingResult:
         journal = Journal(trainer.work, trainer.step, tensorboard=wanted)
     smooth = None
     left = max(config.steps - trainer.step, 0)
+    if leads and not left:  # what a run that was killed at its end did not write
+        _save(trainer, faces)
+        _draw(trainer, faces, batches)
     with progress(left, "training", enabled=None if leads else False) as tick:
         while trainer.step < config.steps:
             found = trainer.train_step(*batches.at(trainer.step))
@@ -77,25 +80,33 @@ def _keep(
     config, step = trainer.config, trainer.step
     last = step >= config.steps
     if last or step % config.save_every == 0:
-        origin = {
-            "made_by": "id3pm-deploy train",
-            "steps": step,
-            "faces": len(faces),
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-            "torch": torch.__version__,
-        }
-        trainer.save(origin)
+        _save(trainer, faces)
         rate = config.learning_rate_at(step - 1)
         journal.keep(step, learning_rate=rate, seconds=round(seconds, 1))
     if last or step % config.sheet_every == 0:
-        save_training_sheet(
-            trainer.work / f"sheet-{step:07d}.png",
-            trainer.network,
-            trainer.averages[0].tensors,
-            trainer.spec,
-            faces.pictures[:, 0],
-            batches.vectors[:, 0, 0],
-            faces.folders,
-            step,
-        )
+        _draw(trainer, faces, batches)
+
+
+def _save(trainer: Trainer, faces: TrainingFaces) -> None:
+    origin = {
+        "made_by": "id3pm-deploy train",
+        "steps": trainer.step,
+        "faces": len(faces),
+        "batch_size": trainer.config.batch_size,
+        "seed": trainer.config.seed,
+        "torch": torch.__version__,
+    }
+    trainer.save(origin)
+
+
+def _draw(trainer: Trainer, faces: TrainingFaces, batches: Batches) -> None:
+    save_training_sheet(
+        trainer.work / f"sheet-{trainer.step:07d}.png",
+        trainer.network,
+        trainer.averages[0].tensors,
+        trainer.spec,
+        faces.pictures[:, 0],
+        batches.conditions,
+        faces.folders,
+        trainer.step,
+    )

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -43,11 +43,14 @@ def train(
     resume: bool = False,
     initial: Path | None = None,
     threads: int = 0,
+    tables: Sequence[Path] = (),
+    skip_bad: bool = False,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> TrainingResult:
     """Train a CHECKPOINT on the faces in ``folders``.
 
     Args:
-        folders: Folders of pictures with one person each.
+        folders: Folders or tar shards of pictures with one person each.
         out: The CHECKPOINT folder; state, log and contact sheets go to
             ``OUT.training`` beside it.
         config: Settings.
@@ -57,6 +60,9 @@ def train(
             run has its own.
         threads: CPU threads a process; 0 leaves torch's choice to one process and
             means 1 each to several.
+        tables: CSV tables that state attributes of the pictures.
+        skip_bad: Leave out pictures that cannot be used instead of refusing them.
+        tell: Called with each line about pictures that are left out.
 
     Raises:
         InputError: Unusable faces or settings, or ``out`` is in use. Everything that
@@ -81,6 +87,10 @@ def train(
         jitter=config.identity_jitter,
         seed=config.seed,
         cache=work / CACHE_NAME,
+        attributes=config.attribute_specs,
+        tables=tables,
+        skip_bad=skip_bad,
+        tell=tell,
     )
     face_weights(faces.folders, config.shares)  # or an error, before anything starts
     write_json(work / SETTINGS_NAME, settings_of(config, embedder))

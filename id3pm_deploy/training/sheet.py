@@ -44,7 +44,7 @@ def save_training_sheet(
         averaged: The EMA of its parameters, by name.
         spec: Facts of the model.
         pictures: [n, S, S, 3] uint8.
-        vectors: [n, D] float32, normalised.
+        vectors: [n, D] float32, conditions: normalised identities, and attributes.
         folders: [n] int, the folder each face came from.
         step: Shown in the title.
     """

@@ -61,6 +61,7 @@ def diffusion_spec(config: TrainingConfig, embedder: Embedder) -> DiffusionSpec:
         schedule=ScheduleSpec(name=config.schedule),  # type: ignore[arg-type]
         prediction_type=config.prediction_type,
         title=config.title,
+        attributes=config.attribute_specs,
     )
 
 
