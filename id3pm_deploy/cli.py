@@ -20,6 +20,7 @@ from .errors import Id3pmError
 _COMMANDS = {
     "demo": "Photo to identity to engine to pictures to parity page, in one go.",
     "train": "Train a CHECKPOINT on folders of faces.",
+    "wipe": "Remove the faces and vectors that a training run has kept.",
     "import": "Import a guided-diffusion or diffusers model as a CHECKPOINT.",
     "embed": "Turn photos into identity vectors with a face recognition model.",
     "export": "Export a CHECKPOINT to an ONNX step graph in a BUNDLE.",

@@ -19,6 +19,7 @@ from id3pm_deploy.cli import main
 COMMANDS = (
     "demo",
     "train",
+    "wipe",
     "import",
     "embed",
     "export",

@@ -24,7 +24,8 @@ from id3pm_deploy.training.faces import TrainingFaces
 from id3pm_deploy.training.losses import DiffusionLoss, Losses
 from id3pm_deploy.training.run import train
 from id3pm_deploy.training.sheet import spread_over_folders
-from id3pm_deploy.training.trainer import Trainer, work_folder
+from id3pm_deploy.training.trainer import Trainer
+from id3pm_deploy.training.work import work_folder
 
 SMALL = TrainingConfig(
     image_size=16,

@@ -22,7 +22,8 @@ from id3pm_deploy.training.batches import Batches
 from id3pm_deploy.training.config import TrainingConfig
 from id3pm_deploy.training.run import train
 from id3pm_deploy.training.start import diffusion_spec, settings_of
-from id3pm_deploy.training.trainer import Trainer, work_folder
+from id3pm_deploy.training.trainer import Trainer
+from id3pm_deploy.training.work import work_folder
 
 CALLABLE = "def colour(faces): return faces.mean(axis=(1, 2)) + 1.0"
 

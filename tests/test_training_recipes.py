@@ -19,7 +19,7 @@ from id3pm_deploy.training.journal import Journal
 from id3pm_deploy.training.recipe import KIND, config_from_recipe, config_text
 from id3pm_deploy.training.run import train
 from id3pm_deploy.training.start import diffusion_spec
-from id3pm_deploy.training.trainer import work_folder
+from id3pm_deploy.training.work import work_folder
 
 CALLABLE = "def colour(faces): return faces.mean(axis=(1, 2)) + 1.0"
 

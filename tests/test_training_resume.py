@@ -18,7 +18,8 @@ from id3pm_deploy.training import run
 from id3pm_deploy.training.config import TrainingConfig
 from id3pm_deploy.training.journal import Journal
 from id3pm_deploy.training.run import train
-from id3pm_deploy.training.trainer import Trainer, work_folder
+from id3pm_deploy.training.trainer import Trainer
+from id3pm_deploy.training.work import work_folder
 
 # The same rate at a step whatever the number of steps, so that a run of fewer steps is
 # the beginning of a longer one.

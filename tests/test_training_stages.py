@@ -20,7 +20,7 @@ from id3pm_deploy.training.losses import DiffusionLoss
 from id3pm_deploy.training.low_res import reduce_pictures
 from id3pm_deploy.training.run import train
 from id3pm_deploy.training.start import diffusion_spec
-from id3pm_deploy.training.trainer import work_folder
+from id3pm_deploy.training.work import work_folder
 
 SECOND = dataclasses.replace(SMALL, low_res_size=8, low_res_noise=0.2, steps=2)
 

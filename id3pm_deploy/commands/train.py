@@ -181,7 +181,7 @@ def command(
     from ..training.recipe import config_text
     from ..training.run import train
     from ..training.start import check_run
-    from ..training.trainer import work_folder
+    from ..training.work import work_folder
 
     config = _config(recipe, settings)
     embedder = load_embedder(fr_model)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import OutputError
 from ..files import atomic_path, make_folder, output_error, remove
 from ..npz import NpzError, open_npz
 
@@ -149,32 +148,3 @@ def _read(path: Path, settings: str) -> dict[str, KnownFace]:
         face = (None, None) if problem else next(rows)
         faces[digest] = KnownFace(same, problem, *face)
     return faces
-
-
-def cache_files(folder: Path) -> list[Path]:
-    """The files of a cache, what killed writers left included."""
-    if folder.is_symlink() or not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.name.endswith(".npz")
-        or (path.name.startswith(".") and path.name.endswith(".tmp"))
-    )
-
-
-def wipe_cache(folder: Path) -> int:
-    """Remove a cache.
-
-    Returns:
-        How many files were removed.
-
-    Raises:
-        OutputError: One is still there.
-    """
-    files = cache_files(folder)
-    for path in files:
-        remove(path)
-        if path.exists():
-            raise OutputError(f"cannot remove {path}")
-    return len(files)

@@ -28,9 +28,9 @@ from .start import (
     initial_weights,
     settings_of,
 )
-from .trainer import Plan, Trainer, work_folder
+from .trainer import Plan, Trainer
+from .work import CACHE_NAME, work_folder
 
-CACHE_NAME = "faces"
 _OUR_ERROR = re.compile(r"^id3pm_deploy\.errors\.\w+: (.*)", re.MULTILINE | re.DOTALL)
 
 

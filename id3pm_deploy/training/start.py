@@ -20,7 +20,7 @@ from ..reference.unet import IdentityUNet
 from ..spec import DiffusionSpec, IdentitySpec, ModelSpec, ScheduleSpec
 from .config import TrainingConfig
 from .state import STATE_NAME
-from .trainer import work_folder
+from .work import work_folder
 
 SETTINGS_NAME = "settings.json"
 _MAX_THREADS = 1024

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..files import beside
 from ..reference.checkpoint import save_checkpoint
 from ..reference.unet import IdentityUNet
 from ..spec import DiffusionSpec
@@ -19,14 +18,10 @@ from .ema import Ema
 from .losses import DiffusionLoss
 from .low_res import reduce_pictures
 from .state import load_state, save_state
+from .work import work_folder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-def work_folder(checkpoint: Path) -> Path:
-    """Where a run keeps its state, log, sheets and face cache: beside the output."""
-    return beside(checkpoint, ".training")
 
 
 @dataclass(frozen=True)
