@@ -21,6 +21,7 @@ from PIL import Image
 import id3pm_deploy
 from id3pm_deploy.api import Sampler
 from id3pm_deploy.attributes import (
+    Attributes,
     described,
     encode_attributes,
     known_to,
@@ -52,7 +53,7 @@ LARGE = tiny_spec(
 )
 DIM = SPEC.identity.dim
 VECTORS = np.random.default_rng(3).normal(size=(2, DIM)).astype(np.float32)
-THIRTY = {"age": 30, "glasses": "sun"}
+THIRTY: Attributes = {"age": 30, "glasses": "sun"}
 FAST: dict[str, Any] = {"steps": 3, "solver": "ddpm"}
 QUICK = ["--steps", "3", "--solver", "ddpm", "--threads", "1"]
 
@@ -95,7 +96,13 @@ def written(folder: Path) -> Any:
 
 class TestColumns:
     def test_each_attribute_has_its_own_null(self) -> None:
-        rows = [THIRTY, {}, {"glasses": "no"}, {"age": np.float32(100)}, {"age": 0}]
+        rows: list[Any] = [
+            THIRTY,
+            {},
+            {"glasses": "no"},
+            {"age": np.float32(100)},
+            {"age": 0},
+        ]
         expected = [
             [-0.4, 1, 0, 0, 1],
             [0, 0, 0, 0, 0],
@@ -211,7 +218,7 @@ class TestCheckpoint:
     def test_an_attribute_alone_moves_the_prediction(self) -> None:
         network = tiny_network(SPEC)
         x, t = torch.ones(4, 3, 8, 8), torch.full((4,), 500)
-        rows = [{}, {"age": 50}, {"glasses": "no"}, THIRTY]
+        rows: list[Attributes] = [{}, {"age": 50}, {"glasses": "no"}, THIRTY]
         wanted = conditions(SPEC, None, 4, rows)
         with torch.inference_mode():
             made = network(x, t, torch.from_numpy(wanted.identity))
@@ -284,10 +291,10 @@ class TestEngine:
         self, sampler: Sampler, tmp_path: Path
     ) -> None:
         given = dict(FAST, count=2, batch_size=3)
-        rows = [{"age": 80}, {}]
+        rows: list[Attributes] = [{"age": 80}, {}]
         batch = joined(list(sampler.sample(VECTORS, attributes=rows, **given)))
-        assert batch.attributes == ({"age": 80}, {"age": 80}, {}, {})
-        old, bare = sampler.sample_all(VECTORS, attributes={"age": 80}, **given), None
+        assert list(batch.attributes) == [rows[0], rows[0], {}, {}]
+        old = sampler.sample_all(VECTORS, attributes={"age": 80}, **given)
         bare = sampler.sample_all(VECTORS, **given)
         expected = np.concatenate([old[:2], bare[2:]])
         np.testing.assert_array_equal(batch.pixels, expected)
@@ -300,7 +307,7 @@ class TestEngine:
 
     def test_of_nobody_in_particular(self, sampler: Sampler, tmp_path: Path) -> None:
         given = dict(FAST, count=2)
-        rows = [THIRTY, {"glasses": "no"}]
+        rows: list[Attributes] = [THIRTY, {"glasses": "no"}]
         (batch,) = sampler.sample(None, attributes=rows, **given)
         bare = sampler.sample_all(None, **given)
         assert all((batch.pixels[i] != bare[i]).any() for i in range(2))

@@ -124,6 +124,8 @@ def _show(out: Path, made: Any, as_json: bool) -> None:
         }
         click.echo(json.dumps(summary, indent=2))
         return
+    from ..attributes import described
+
     model = spec.model
     plural = "" if model.num_heads == 1 else "s"
     heads = f"{model.num_heads} head{plural} at every level"
@@ -146,3 +148,5 @@ def _show(out: Path, made: Any, as_json: bool) -> None:
         + (", learned variance" if model.learned_variance else "")
     )
     click.echo(f"identity    {identity}")
+    if spec.attributes:
+        click.echo(f"attributes  {', '.join(map(described, spec.attributes))}")

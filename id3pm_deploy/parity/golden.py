@@ -103,7 +103,8 @@ class GoldenData:
     Attributes:
         x: [B, C, H, W] float32.
         t: [B] float32.
-        identity: [B, D] float32, normalised; [B, 0] of a model without identity.
+        identity: [B, D] float32, normalised, attributes' columns behind; [B, 0] of a
+            model without either.
         out: [B, C or 2C, H, W] float32.
         trajectories: In the file's order; may be empty.
         low_res: [B, C, h, w] float32 of a super-resolution model.
