@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from ..errors import InputError, OutputError
+from .options import printable
 
 
 def _check_target(path: Path, force: bool) -> None:
@@ -63,6 +64,7 @@ def _check_target(path: Path, force: bool) -> None:
 @click.option(
     "--average", is_flag=True, help="The photos show one person: write one vector."
 )
+@click.option("--skip-bad", is_flag=True, help="Leave out photos that cannot be used.")
 @click.option("--force", is_flag=True, help="Replace FILE.npz if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(
@@ -72,6 +74,7 @@ def command(
     detector: Path | None,
     largest: bool,
     average: bool,
+    skip_bad: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -79,7 +82,9 @@ def command(
 
     The face in each PHOTO is found, aligned and embedded. FILE.npz holds the raw
     vectors, a random id for each, and the FR model's name and SHA-256; nothing about
-    the photos. Several faces in a photo are refused unless --largest is given.
+    the photos. Several faces in a photo are refused unless --largest is given, and so
+    are photos without a face or that cannot be read unless --skip-bad is; all of them
+    are named.
     """
     _check_target(out, force)
     from ..identity.alignment import FaceDetector
@@ -91,6 +96,7 @@ def command(
     embedder = load_embedder(model)
     if embedder.notice:
         click.echo(f"warning: {embedder.notice}", err=True)
+    told: list[str] = []
     with progress(len(photos), "embedding") as tick:
         file = embed_photos(
             photos,
@@ -98,8 +104,12 @@ def command(
             FaceDetector(detector),
             largest=largest,
             average=average,
+            skip_bad=skip_bad,
+            tell=told.append,
             on_done=tick,
         )
+    for line in told:
+        click.echo(printable(line), err=True)
     save_identities(out, file)
     if as_json:
         summary = {

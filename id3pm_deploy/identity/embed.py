@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import warnings
@@ -195,6 +196,8 @@ def embed_photos(
     largest: bool = False,
     average: bool = False,
     min_size: float = MIN_FACE,
+    skip_bad: bool = False,
+    tell: Callable[[str], object] = lambda _: None,
     on_done: Callable[[], object] = lambda: None,
 ) -> IdentityFile:
     """The identity file of some photos; nothing about the photos is in it.
@@ -207,34 +210,71 @@ def embed_photos(
         average: The photos show one person: combine them into one vector, see
             :func:`average_identity`.
         min_size: Smallest width of a face in pixels.
+        skip_bad: Leave out and tell what would be refused.
+        tell: Called with each line about photos that are left out, or that show the
+            same picture as an earlier one; of such ones an average takes one.
         on_done: Called after each photo.
 
     Returns:
         One vector a photo in the order given, or one in all, with random ids.
 
     Raises:
-        InputError: No photo, or one cannot be read.
+        InputError: No photo, one cannot be read, or several cannot be used: all of
+            them are named.
         FaceError: A photo has no face, several or a too small one.
         IdentityError: The FR model's answer is unusable.
     """
     if not paths:
         raise InputError("no photo was given", fix="name at least one")
-    rows = []
+    rows: list[Float32Array] = []
+    bad: list[InputError | FaceError] = []
+    first: dict[str, Path] = {}
     for path in paths:
-        vector = embed_images(
-            [read_photo(path)],
-            embedder,
-            detector,
-            largest=largest,
-            min_size=min_size,
-            names=[str(path)],
-            on_done=on_done,
-        )
-        rows.append(vector)
+        try:
+            rgb = read_photo(path)
+            options: dict[str, Any] = {"largest": largest, "min_size": min_size}
+            vector = embed_images(
+                [rgb], embedder, detector, names=[str(path)], **options
+            )
+        except (InputError, FaceError) as error:
+            bad.append(error)
+        else:
+            same = first.setdefault(pixels_sha256(rgb), path)
+            if same is not path:
+                tell(f"{path} is the same picture as {same}")
+            if same is path or not average:
+                rows.append(vector)
+        on_done()
+    _check_bad(bad, len(paths), skip_bad, tell)
     vectors = np.concatenate(rows)
     if average:
         vectors = average_identity(vectors)
     return identity_file(vectors, embedder.name, embedder.sha256)
+
+
+def _check_bad(
+    bad: Sequence[InputError | FaceError],
+    total: int,
+    skip_bad: bool,
+    tell: Callable[[str], object],
+) -> None:
+    """Refuse photos that cannot be used, or tell which are left out."""
+    lines = [f"{error.what}: {error.why}" if error.why else error.what for error in bad]
+    if len(bad) == total or (bad and not skip_bad):
+        if total == 1 or len(bad) == 1:
+            raise bad[0]
+        raise InputError(
+            f"{len(bad)} of {total} photos cannot be used",
+            why="; ".join(lines),
+            fix="give others, or leave them out with --skip-bad",
+        )
+    for line in lines:
+        tell(f"not used: {line}")
+
+
+def pixels_sha256(rgb: Image) -> str:
+    """SHA-256 of a picture's pixels, uint8 [H, W, 3], whatever file it came from."""
+    return hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()
 
 
 def average_identity(vectors: npt.ArrayLike) -> Float32Array:

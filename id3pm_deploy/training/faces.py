@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ..attributes import encode_attributes
 from ..errors import FaceError, InputError, some_of
 from ..identity.alignment import FaceDetector, align
-from ..identity.embed import check_header, photo_from_bytes
+from ..identity.embed import check_header, photo_from_bytes, pixels_sha256
 from ..identity.embedders import Embedder
 from ..progress import progress
 from ..spec import AttributeSpec
@@ -261,7 +261,7 @@ def _embed_group(
             for picture in same:
                 bad.add(picture, error.why)
             continue
-        pixels = hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()
+        pixels = pixels_sha256(rgb)
         try:
             face, around = cut_face(rgb, digest, cut, detector)
         except FaceError as error:
