@@ -159,6 +159,7 @@ def load_faces(
     rows = list(_rows(pictures, attributes, stated, bad))
     digests = list(_digests([one for one, _ in rows], kept, bad))
     refuse()
+    check_stated([row for _, row in rows], attributes)
     _embed_new(digests, kept, cut, embedder, bad)
     refuse()
     row_of = {id(picture): row for picture, row in rows}
@@ -171,7 +172,6 @@ def load_faces(
             fix="give pictures of one person each, facing the camera",
         )
     stated_rows = [row_of[id(picture)] for picture, _ in used]
-    check_stated(stated_rows, attributes)
     return TrainingFaces(
         *_arrays([face for _, face in used]),
         np.array([picture.source for picture, _ in used], dtype=np.int64),
