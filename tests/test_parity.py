@@ -153,11 +153,11 @@ def test_the_oracle_notices_wrong_guidance(
 ) -> None:
     """Both sides share the product's guidance; the oracle does not."""
 
-    def bent(identity: Any, settings: GuidanceSettings, times: Any) -> Any:
+    def bent(identity: Any, settings: GuidanceSettings, *more: Any, **also: Any) -> Any:
         if wrong == "scale":
             settings = dataclasses.replace(settings, scale=settings.scale * 1.001)
-            return guidance_plan(identity, settings, times)
-        made = guidance_plan(identity, settings, times)
+            return guidance_plan(identity, settings, *more, **also)
+        made = guidance_plan(identity, settings, *more, **also)
         return dataclasses.replace(made, rescale=made.rescale * np.float32(0.99))
 
     monkeypatch.setattr("id3pm_deploy.sampler.guidance_plan", bent)
