@@ -127,7 +127,15 @@ class ModelSpec:
         """Whether there is attention among the level's channels; beside the levels
         asked for, the middle block attends in those of the last."""
         last = level == len(self.channel_multipliers) - 1
-        return last or self.image_size >> level in self.attention_resolutions
+        return last or self.attended_levels[level]
+
+    @property
+    def attended_levels(self) -> tuple[bool, ...]:
+        """Whether each level, finest first, is one of those asked for."""
+        return tuple(
+            self.image_size >> level in self.attention_resolutions
+            for level in range(len(self.channel_multipliers))
+        )
 
     @property
     def level_channels(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from id3pm_deploy.training import run
 from id3pm_deploy.training.batches import Batches
 from id3pm_deploy.training.config import TrainingConfig
 from id3pm_deploy.training.run import train
-from id3pm_deploy.training.start import diffusion_spec, settings_of
+from id3pm_deploy.training.start import diffusion_spec, initial_weights, settings_of
 from id3pm_deploy.training.trainer import Trainer
 from id3pm_deploy.training.work import work_folder
 
@@ -253,10 +253,26 @@ def test_a_checkpoint_of_the_same_kind_is_a_start(
         assert torch.equal(tensor, wanted[name]), name
 
 
+def test_smaller_pictures_are_a_start_where_the_same_levels_attend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = {"channel_multipliers": (1, 1), "norm_groups": 1}
+    small = changed(**levels, image_size=8, attention_resolutions=(4,))
+    large = changed(**levels, image_size=16, attention_resolutions=(8,))
+    first = initial(tmp_path / "first", small, MeanColour())
+    spec = diffusion_spec(large, MeanColour())
+    network = IdentityUNet(spec.model, spec.identity.dim)
+    network.load_state_dict(initial_weights(first, spec))
+    other = diffusion_spec(changed(**levels, image_size=16), MeanColour())
+    with pytest.raises(InputError, match="another kind of model"):
+        initial_weights(first, other)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"channel_multipliers": (1, 2)}, "model.channel_multipliers"),
+        ({"norm_groups": 1}, "model.norm_groups"),
         ({"resblock_updown": True}, "model.resblock_updown"),
         ({"learned_variance": True}, "model.learned_variance"),
         ({"normalisation": "unit"}, "identity.normalisation"),

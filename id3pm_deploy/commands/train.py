@@ -66,6 +66,7 @@ def _config(recipe: str | None, settings: dict[str, Any]) -> TrainingConfig:
 @option("--residual-blocks", default=2)
 @option("--attention-resolutions", default="8", callback=_numbers(int))
 @option("--num-head-channels", default=32)
+@option("--norm-groups", default=32, help="Groups of the group normalisation.")
 @option("--resblock-updown/--conv-updown", default=False, help="Resampling.")
 @option("--model-dropout", default=0.0)
 @option("--prediction-type", default="v", type=click.Choice(["epsilon", "x0", "v"]))

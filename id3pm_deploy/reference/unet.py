@@ -24,8 +24,7 @@ def _block_types(spec: ModelSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if not spec.resblock_updown:
         plain = ("DownBlock2D", "UpBlock2D")
     down, up = [], []
-    for level in range(len(spec.channel_multipliers)):
-        attends = spec.image_size >> level in spec.attention_resolutions
+    for attends in spec.attended_levels:
         down.append("AttnDownBlock2D" if attends else plain[0])
         up.append("AttnUpBlock2D" if attends else plain[1])
     return tuple(down), tuple(reversed(up))

@@ -18,6 +18,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "base_channels": (2, 4096),
     "residual_blocks": (1, 64),
     "num_head_channels": (1, 4096),
+    "norm_groups": (1, 4096),
     "steps": (1, _MOST),
     "batch_size": (1, 65536),
     "learning_rate": (1e-12, 10.0),
@@ -97,6 +98,7 @@ class TrainingConfig:
     residual_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (8,)
     num_head_channels: int = 32
+    norm_groups: int = 32
     resblock_updown: bool = False
     model_dropout: float = 0.0
     prediction_type: PredictionType = "v"
