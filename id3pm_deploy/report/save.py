@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError, OutputError
 from ..files import json_text, make_folder, output_error, remove, write_together
@@ -16,16 +17,13 @@ from .markdown import parity_markdown
 from .page import parity_page
 from .pictures import PicturePairs, comparison_sheet, sheet_mark, shown_pictures
 
-JSON_NAME = "parity.json"
-MARKDOWN_NAME = "parity.md"
-SHEET_NAME = "parity.png"
+PARITY = "parity"
 PAGE_NAME = "index.html"
-_OURS = re.compile(r"(parity\.md|parity\.png|index\.html)|\.(parity|index)\..+\.tmp")
 
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """Where :func:`save_report` put things; ``sheet`` is None without pictures."""
+    """Where a report was put; ``sheet`` is None without pictures."""
 
     json: Path
     markdown: Path
@@ -33,16 +31,43 @@ class ReportPaths:
     page: Path
 
 
-def check_report_folder(out: Path) -> None:
+@dataclass(frozen=True)
+class ReportFiles:
+    """What a report is written as.
+
+    Attributes:
+        kind: What its files are called, but for the page's.
+        record: For scripts.
+        markdown: As text.
+        page: HTML, as text.
+        sheet: PNG, marked; empty without pictures.
+    """
+
+    kind: str
+    record: Mapping[str, Any]
+    markdown: str
+    page: str
+    sheet: bytes = b""
+
+
+def sheet_name(kind: str) -> str:
+    """The sheet of such a report, which lies beside its Markdown."""
+    return f"{kind}.png"
+
+
+def check_report_folder(out: Path, kind: str = PARITY) -> None:
     """Refuse a folder that holds something else than an earlier report.
 
     Raises:
-        InputError: It is a file, or holds no parity.json and more than the parts of a
-            report whose writing was interrupted.
+        InputError: It is a file, or holds no JSON of this kind of report and more than
+            the parts of one whose writing was interrupted.
     """
-    if not out.exists() or (out / JSON_NAME).is_file():
+    if not out.exists() or (out / f"{kind}.json").is_file():
         return
-    if not out.is_dir() or not all(map(_OURS.fullmatch, os.listdir(out))):
+    ours = re.compile(
+        rf"({kind}\.md|{kind}\.png|index\.html)|\.({kind}|index)\..+\.tmp"
+    )
+    if not out.is_dir() or not all(map(ours.fullmatch, os.listdir(out))):
         raise InputError(
             f"{out} holds something else than an earlier report",
             fix="choose another --out",
@@ -52,7 +77,7 @@ def check_report_folder(out: Path) -> None:
 def save_report(
     folder: Path, report: ParityReport, pictures: Sequence[PicturePairs]
 ) -> ReportPaths:
-    """Write the report; nothing is replaced before all is on disk, the JSON last.
+    """Write a parity report.
 
     Args:
         folder: Made if it is not there.
@@ -74,25 +99,46 @@ def save_report(
         title = f"{'PASS' if report.passed else 'FAIL'}: {report.title}"
         drawn = comparison_sheet(pictures, names, f"{title} (generated pictures)")
         sheet = encode_png(drawn, sheet_mark(pictures))
-    page = parity_page(report, [shown_pictures(one) for one in pictures])
-    text = parity_markdown(report, SHEET_NAME if sheet else "")
+    return write_report(
+        folder,
+        ReportFiles(
+            PARITY,
+            report.to_json(),
+            parity_markdown(report, sheet_name(PARITY) if sheet else ""),
+            parity_page(report, [shown_pictures(one) for one in pictures]),
+            sheet,
+        ),
+    )
+
+
+def write_report(folder: Path, report: ReportFiles) -> ReportPaths:
+    """Write a report; nothing is replaced before all is on disk, the JSON last.
+
+    Args:
+        folder: Made if it is not there.
+        report: What to write.
+
+    Raises:
+        OutputError: Something cannot be written.
+    """
     new = not folder.exists()
     make_folder(folder)
+    sheet = folder / sheet_name(report.kind)
     paths = ReportPaths(
-        json=folder / JSON_NAME,
-        markdown=folder / MARKDOWN_NAME,
-        sheet=folder / SHEET_NAME if sheet else None,
+        json=folder / f"{report.kind}.json",
+        markdown=folder / f"{report.kind}.md",
+        sheet=sheet if report.sheet else None,
         page=folder / PAGE_NAME,
     )
     files = {
-        paths.json: json_text(report.to_json()).encode(),
-        paths.markdown: text.encode(),
-        paths.page: page.encode(),
+        paths.json: json_text(dict(report.record)).encode(),
+        paths.markdown: report.markdown.encode(),
+        paths.page: report.page.encode(),
     }
     if paths.sheet is not None:
-        files[paths.sheet] = sheet
+        files[paths.sheet] = report.sheet
     else:
-        _remove(folder / SHEET_NAME)
+        _remove(sheet)
     try:
         write_together(files)
     except OutputError:

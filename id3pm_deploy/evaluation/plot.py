@@ -1,0 +1,177 @@
+"""Drawings of an evaluation, as SVG to be put into a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+
+from ..svg import line, text
+from .result import IDENTITY_METRICS, Evaluation, Figure, Spread, known
+from .similarity import Float64
+
+STYLE = """
+svg .m0, .key.m0 { --c: var(--state); } svg .m1, .key.m1 { --c: var(--x0); }
+svg .m2, .key.m2 { --c: var(--single); } svg .m3, .key.m3 { --c: var(--oracle); }
+svg .chance, .key.chance { --c: var(--faint); }
+svg .ceiling, .key.ceiling { --c: var(--pass); }
+svg line.bar { stroke: var(--c); stroke-width: 2; } svg circle.dot { fill: var(--c); }
+svg line.tick { stroke: var(--c); stroke-width: 3; }
+svg polyline.spread { stroke: var(--c); } .key { color: var(--c); }
+svg polyline.chance { stroke-dasharray: 5 3; } svg text.name { fill: var(--ink); }
+"""
+_COLOURS = 4
+_WIDTH, _LEFT, _RIGHT, _TOP = 860, 190, 30, 14
+_LINE, _GAP, _FLOOR = 15, 14, 36
+_SPREAD_HEIGHT, _BINS = 230, 40
+_MARKS = 5
+
+
+def interval_plot(found: Evaluation, judge: str) -> str:
+    """Each figure of each model as a dot on its interval, between the marks of chance
+    and ceiling."""
+    keys = [key for key in IDENTITY_METRICS if found.find(key, found.models[0], judge)]
+    figures = {key: [found.find(key, m, judge) for m in found.models] for key in keys}
+    low = min((_lowest(one) for row in figures.values() for one in row), default=0.0)
+    axis = _Axis(min(0.0, math.floor(low * 10) / 10), 1.0)
+    parts, y = [], float(_TOP)
+    for key, row in figures.items():
+        bottom = y + _LINE * len(row)
+        metric = IDENTITY_METRICS[key]
+        middle = (y + bottom) / 2 + 4
+        parts.append(text(_LEFT - 12, middle, metric.title, "end", "name"))
+        if row[0] is not None:
+            parts += _ends(row[0], axis, y, bottom)
+        for index, figure in enumerate(row):
+            parts.append(
+                _dot(figure, found.models[index], index, axis, y, metric.title)
+            )
+            y += _LINE
+        y += _GAP
+    parts[:0] = axis.drawn(y)
+    keyed = [(_class(index), name) for index, name in enumerate(found.models)]
+    return _figure(parts, y + _FLOOR, keyed, f"Figures, judged by {judge}")
+
+
+def spread_plot(found: Evaluation, spread: Spread) -> str:
+    """How values are spread, one outline a series, each of the same area."""
+    shown = {name: values for name, values in spread.series.items() if len(values)}
+    ends = [f(values) for values in shown.values() for f in (np.min, np.max)]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
+    axis = _Axis(math.floor(low * 10) / 10, math.floor(high * 10 + 1) / 10)
+    edges = np.linspace(axis.low, axis.high, _BINS + 1)
+    floor = _TOP + float(_SPREAD_HEIGHT)
+    heights = {n: np.histogram(v, edges)[0] / len(v) for n, v in shown.items()}
+    most = max((float(h.max()) for h in heights.values()), default=1.0)
+    parts = axis.drawn(floor)
+    keyed = []
+    for name, height in heights.items():
+        kind = _kind(name, found.models)
+        keyed.append((kind, f"{name} ({len(shown[name])})"))
+        parts.append(_outline(kind, axis, edges, floor, height / most))
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(text(middle, floor + _FLOOR - 2, spread.across, "middle"))
+    return _figure(parts, floor + _FLOOR + 6, keyed, spread.title)
+
+
+class _Axis:
+    """Values across the drawing."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+
+    def x(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+    def drawn(self, floor: float) -> list[str]:
+        """Grid and numbers."""
+        parts = []
+        for value in np.linspace(self.low, self.high, _MARKS + 1).tolist():
+            x = self.x(value)
+            parts.append(line("grid", x, _TOP, x, floor))
+            parts.append(text(x, floor + 16, f"{value:.2g}", "middle"))
+        return parts
+
+
+def _lowest(figure: Figure | None) -> float:
+    if figure is None:
+        return 0.0
+    value = known(figure.value)
+    ends = [figure.chance or 0.0, 0.0 if value is None else value.low]
+    return min(end for end in ends if not math.isnan(end))
+
+
+def _ends(figure: Figure, axis: _Axis, top: float, bottom: float) -> list[str]:
+    """Marks of chance and ceiling across all models' lines."""
+    ceiling = known(figure.ceiling)
+    ends = {
+        "chance": figure.chance,
+        "ceiling": None if ceiling is None else ceiling.value,
+    }
+    return [
+        line(f"tick {name}", axis.x(value), top, axis.x(value), bottom)
+        for name, value in ends.items()
+        if value is not None and math.isfinite(value)
+    ]
+
+
+def _dot(
+    figure: Figure | None, model: str, index: int, axis: _Axis, top: float, title: str
+) -> str:
+    value = known(figure.value) if figure is not None else None
+    y = top + _LINE / 2
+    if value is None:
+        return text(_LEFT + 4, y + 4, "not measured", "start")
+    kind = _class(index)
+    said = f"{model}, {title}: {value.text(3)}"
+    return line(f"bar {kind}", axis.x(value.low), y, axis.x(value.high), y) + (
+        f'<circle class="dot {kind}" cx="{axis.x(value.value):.1f}" cy="{y:.1f}" r="4">'
+        f"<title>{escape(said)}</title></circle>"
+    )
+
+
+def _outline(
+    kind: str, axis: _Axis, edges: Float64, floor: float, height: Float64
+) -> str:
+    across = [axis.x(edge) for edge in edges.tolist() for _ in (0, 1)]
+    up = [0.0, *(h for one in height.tolist() for h in (one, one)), 0.0]
+    tall = _SPREAD_HEIGHT - 8
+    points = " ".join(
+        f"{x:.1f},{floor - tall * share:.1f}"
+        for x, share in zip(across, up, strict=True)
+    )
+    return f'<polyline class="spread {kind}" points="{points}"/>'
+
+
+def _class(index: int) -> str:
+    return f"m{index % _COLOURS}"
+
+
+def _kind(series: str, models: Sequence[str]) -> str:
+    """A model's own colour; the ceiling's for photos, chance's for other people's."""
+    ours = [
+        i for i, name in enumerate(models) if series in (name, f"{name}, own photo")
+    ]
+    if ours:
+        return _class(ours[0])
+    return "chance" if series.startswith("other people") else "ceiling"
+
+
+def _figure(
+    parts: Sequence[str], height: float, keyed: Sequence[tuple[str, str]], label: str
+) -> str:
+    keys = list(keyed)
+    ends = ("chance", "ceiling")
+    keys += [(e, e) for e in ends if any(f"tick {e}" in part for part in parts)]
+    said = "; ".join(
+        f'<span class="key {kind}">{escape(name)}</span>' for kind, name in keys
+    )
+    drawing = "\n".join(parts)
+    return (
+        '<figure>\n<div class="wide"><svg class="plot" '
+        f'viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
+        f"\n{drawing}\n</svg></div>\n<figcaption>{said}</figcaption>\n</figure>"
+    )
