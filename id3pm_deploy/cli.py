@@ -28,6 +28,7 @@ _COMMANDS = {
     "sample": "Make pictures of an identity.",
     "control": "Sheets: guidance, identities between people, directions, noise.",
     "evaluate": "Measure whose faces a model makes, and how diverse they are.",
+    "audit": "Report how invertible the templates of an FR model are.",
     "parity": "Compare an engine with the PyTorch reference, step by step.",
     "benchmark": "Measure how fast a BUNDLE runs, beside what else could run it.",
     "bisect": "Find which modules have to stay in float32 in half precision.",

@@ -26,6 +26,8 @@ COMMANDS = (
     "build-engine",
     "sample",
     "control",
+    "evaluate",
+    "audit",
     "parity",
     "benchmark",
     "bisect",

@@ -157,20 +157,16 @@ def say_figures(found: Any) -> None:
     """The outcome, a line each."""
     from ..evaluation import words
 
-    click.echo(printable(words.summary(found)))
+    head = words.figure_head(found)
+    lines = [words.summary(found)]
     for judge in found.judges:
-        click.echo(f"\nto {printable(judge)}:")
-        _say_rows(words.figure_head(found), words.identity_rows(found, judge))
-    click.echo("\nof the pictures:")
-    _say_rows(words.figure_head(found), words.picture_rows(found))
-    for name, change in words.change_rows(found):
-        click.echo(f"change of similarity, {printable(name)}: {change}")
+        rows = words.identity_rows(found, judge)
+        lines += ["", f"to {judge}:", *words.aligned([head, *rows])]
+    lines += ["", "of the pictures:"]
+    lines += words.aligned([head, *words.picture_rows(found)])
+    changes = words.change_rows(found)
+    lines += [f"change of similarity, {name}: {change}" for name, change in changes]
+    for line in lines:
+        click.echo(printable(line))
     for note in found.notes:
-        click.echo(f"note: {printable(note)}", err=True)
-
-
-def _say_rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for cells in (head, *rows):
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-        click.echo(printable("  ".join(padded).rstrip()))
+        say(f"note: {note}")

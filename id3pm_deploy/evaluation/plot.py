@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 
+from ..benchmark.rounds import Interval
 from ..svg import line, text
-from .result import IDENTITY_METRICS, Evaluation, Figure, Spread, known
+from .result import IDENTITY_METRICS, Evaluation, Spread, known
 from .similarity import Float64
 
 STYLE = """
@@ -21,7 +23,9 @@ svg line.bar { stroke: var(--c); stroke-width: 2; } svg circle.dot { fill: var(-
 svg line.tick { stroke: var(--c); stroke-width: 3; }
 svg polyline.spread { stroke: var(--c); } .key { color: var(--c); }
 svg polyline.chance { stroke-dasharray: 5 3; } svg text.name { fill: var(--ink); }
+img.sheet { max-width: 100%; height: auto; }
 """
+"""Of a page with these drawings and a sheet."""
 _COLOURS = 4
 _WIDTH, _LEFT, _RIGHT, _TOP = 860, 190, 30, 14
 _LINE, _GAP, _FLOOR = 15, 14, 36
@@ -29,30 +33,53 @@ _SPREAD_HEIGHT, _BINS = 230, 40
 _MARKS = 5
 
 
-def interval_plot(found: Evaluation, judge: str) -> str:
-    """Each figure of each model as a dot on its interval, between the marks of chance
-    and ceiling."""
-    keys = [key for key in IDENTITY_METRICS if found.find(key, found.models[0], judge)]
-    figures = {key: [found.find(key, m, judge) for m in found.models] for key in keys}
-    low = min((_lowest(one) for row in figures.values() for one in row), default=0.0)
-    axis = _Axis(min(0.0, math.floor(low * 10) / 10), 1.0)
+@dataclass(frozen=True)
+class PlotRow:
+    """A line of :func:`interval_plot`: values of each series, and what bounds them."""
+
+    title: str
+    values: Sequence[Interval | None]
+    chance: float | None = None
+    ceiling: Interval | None = None
+
+
+def figure_rows(found: Evaluation, judge: str) -> list[PlotRow]:
+    """The figures of each model, by one FR model."""
+    rows = []
+    for key, metric in IDENTITY_METRICS.items():
+        ours = [found.find(key, model, judge) for model in found.models]
+        first = ours[0]
+        if first is not None:
+            values = [None if one is None else known(one.value) for one in ours]
+            row = PlotRow(metric.title, values, first.chance, known(first.ceiling))
+            rows.append(row)
+    return rows
+
+
+def interval_plot(rows: Sequence[PlotRow], series: Sequence[str], label: str) -> str:
+    """Each value of each series as a dot on its interval, between the marks of chance
+    and ceiling.
+
+    Args:
+        rows: With a value for each series.
+        series: What they are called.
+        label: What the drawing shows, for those who do not see it.
+    """
+    axis = _Axis(min(0.0, math.floor(min(map(_lowest, rows)) * 10) / 10), 1.0)
     parts, y = [], float(_TOP)
-    for key, row in figures.items():
-        bottom = y + _LINE * len(row)
-        metric = IDENTITY_METRICS[key]
+    for row in rows:
+        bottom = y + _LINE * len(row.values)
         middle = (y + bottom) / 2 + 4
-        parts.append(text(_LEFT - 12, middle, metric.title, "end", "name"))
-        if row[0] is not None:
-            parts += _ends(row[0], axis, y, bottom)
-        for index, figure in enumerate(row):
-            parts.append(
-                _dot(figure, found.models[index], index, axis, y, metric.title)
-            )
+        parts.append(text(_LEFT - 12, middle, row.title, "end", "name"))
+        parts += _ends(row, axis, y, bottom)
+        for index, value in enumerate(row.values):
+            said = f"{series[index]}, {row.title}"
+            parts.append(_dot(value, index, axis, y, said))
             y += _LINE
         y += _GAP
     parts[:0] = axis.drawn(y)
-    keyed = [(_class(index), name) for index, name in enumerate(found.models)]
-    return _figure(parts, y + _FLOOR, keyed, f"Figures, judged by {judge}")
+    keyed = [(_class(index), name) for index, name in enumerate(series)]
+    return _figure(parts, y + _FLOOR, keyed, label)
 
 
 def spread_plot(found: Evaluation, spread: Spread) -> str:
@@ -96,40 +123,30 @@ class _Axis:
         return parts
 
 
-def _lowest(figure: Figure | None) -> float:
-    if figure is None:
-        return 0.0
-    value = known(figure.value)
-    ends = [figure.chance or 0.0, 0.0 if value is None else value.low]
-    return min(end for end in ends if not math.isnan(end))
+def _lowest(row: PlotRow) -> float:
+    lows = [one.low for one in row.values if one is not None]
+    chance = 0.0 if row.chance is None or math.isnan(row.chance) else row.chance
+    return min([chance, *lows])
 
 
-def _ends(figure: Figure, axis: _Axis, top: float, bottom: float) -> list[str]:
-    """Marks of chance and ceiling across all models' lines."""
-    ceiling = known(figure.ceiling)
-    ends = {
-        "chance": figure.chance,
-        "ceiling": None if ceiling is None else ceiling.value,
-    }
+def _ends(row: PlotRow, axis: _Axis, top: float, bottom: float) -> list[str]:
+    """Marks of chance and ceiling across the lines of all series."""
+    ceiling = None if row.ceiling is None else row.ceiling.value
     return [
         line(f"tick {name}", axis.x(value), top, axis.x(value), bottom)
-        for name, value in ends.items()
+        for name, value in (("chance", row.chance), ("ceiling", ceiling))
         if value is not None and math.isfinite(value)
     ]
 
 
-def _dot(
-    figure: Figure | None, model: str, index: int, axis: _Axis, top: float, title: str
-) -> str:
-    value = known(figure.value) if figure is not None else None
+def _dot(value: Interval | None, index: int, axis: _Axis, top: float, said: str) -> str:
     y = top + _LINE / 2
     if value is None:
         return text(_LEFT + 4, y + 4, "not measured", "start")
     kind = _class(index)
-    said = f"{model}, {title}: {value.text(3)}"
     return line(f"bar {kind}", axis.x(value.low), y, axis.x(value.high), y) + (
         f'<circle class="dot {kind}" cx="{axis.x(value.value):.1f}" cy="{y:.1f}" r="4">'
-        f"<title>{escape(said)}</title></circle>"
+        f"<title>{escape(f'{said}: {value.text(3)}')}</title></circle>"
     )
 
 

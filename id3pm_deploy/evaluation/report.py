@@ -11,7 +11,7 @@ from ..report.html import document, items, note, png, section, table
 from ..report.markdown import escaped, markdown_table
 from ..report.save import ReportFiles, ReportPaths, sheet_name, write_report
 from . import words
-from .plot import STYLE, interval_plot, spread_plot
+from .plot import STYLE, figure_rows, interval_plot, spread_plot
 from .result import Evaluation
 from .run import Shown
 
@@ -27,7 +27,6 @@ def save_evaluation(
     shown: Shown,
     *,
     photos: bool = False,
-    kind: str = EVALUATION,
 ) -> ReportPaths:
     """Write the report; nothing is replaced before all is on disk.
 
@@ -36,34 +35,33 @@ def save_evaluation(
         found: What it says.
         shown: Pictures for the sheet.
         photos: Whether to show the people's photos, too.
-        kind: What its files are called.
 
     Raises:
         OutputError: Something cannot be written.
     """
-    sheet = picture_sheet(found, shown, photos=photos)
-    said = sheet_note(found, shown, photos=photos)
+    sheet = picture_sheet(found.title, shown, photos=photos)
+    said = sheet_note(shown, photos=photos)
     return write_report(
         folder,
         ReportFiles(
-            kind,
+            EVALUATION,
             found.to_json(),
-            evaluation_markdown(found, sheet_name(kind), said),
+            evaluation_markdown(found, sheet_name(EVALUATION), said),
             evaluation_page(found, sheet, said),
             sheet,
         ),
     )
 
 
-def _of_each(found: Evaluation, shown: Shown) -> int:
+def _of_each(shown: Shown) -> int:
     """Pictures of a person and model on the sheet."""
-    return max(min(shown.count, _COLUMNS // len(found.models)), 1)
+    return max(min(shown.count, _COLUMNS // len(shown.pictures)), 1)
 
 
-def picture_sheet(found: Evaluation, shown: Shown, *, photos: bool) -> bytes:
+def picture_sheet(title: str, shown: Shown, *, photos: bool) -> bytes:
     """The first people's first pictures by each model, a row a person; PNG, marked."""
     rows = min(len(shown.photos), PEOPLE_SHOWN)
-    each = _of_each(found, shown)
+    each = _of_each(shown)
     pictures: list[Pixels] = []
     for person in range(rows):
         pictures += [shown.photos[person]] if photos else []
@@ -78,14 +76,14 @@ def picture_sheet(found: Evaluation, shown: Shown, *, photos: bool) -> bytes:
         columns=len(heads),
         row_labels=[f"person {person + 1}" for person in range(rows)],
         column_labels=heads,
-        title=f"{found.title} (generated pictures)",
+        title=f"{title} (generated pictures)",
     )
-    return encode_png(sheet, replace(shown.mark, sample=None))
+    return encode_png(sheet, replace(shown.mark, sample=None, composite=photos))
 
 
-def sheet_note(found: Evaluation, shown: Shown, *, photos: bool) -> str:
+def sheet_note(shown: Shown, *, photos: bool) -> str:
     """What the sheet shows."""
-    rows, each = min(len(shown.photos), PEOPLE_SHOWN), _of_each(found, shown)
+    rows, each = min(len(shown.photos), PEOPLE_SHOWN), _of_each(shown)
     said = f"Generated pictures: the first {each} of each of the first {rows} people. "
     if not photos:
         return said + words.PHOTOS_LEFT_OUT
@@ -101,8 +99,10 @@ def evaluation_page(found: Evaluation, sheet: bytes, sheet_says: str) -> str:
     ]
     for judge in found.judges:
         body = table(head, words.identity_rows(found, judge))
-        body += f"\n{note(words.INTERVALS)}\n{interval_plot(found, judge)}"
-        parts.append(section(f"Identity, judged by {judge}", body))
+        body += f"\n{note(words.INTERVALS)}\n"
+        title = f"Identity, judged by {judge}"
+        body += interval_plot(figure_rows(found, judge), found.models, title)
+        parts.append(section(title, body))
     if changes := words.change_rows(found):
         body = f"{table(('', 'change of similarity'), changes)}\n{note(words.CHANGES)}"
         parts.append(section("Against the first model", body))
@@ -119,8 +119,7 @@ def evaluation_page(found: Evaluation, sheet: bytes, sheet_says: str) -> str:
     parts.append(
         section("What ran where", table([], found.facts.items(), kind="facts"))
     )
-    style = STYLE + "img.sheet { max-width: 100%; height: auto; }\n"
-    return document(found.title, "\n".join(parts), style)
+    return document(found.title, "\n".join(parts), STYLE)
 
 
 def evaluation_markdown(found: Evaluation, sheet: str, sheet_says: str) -> str:

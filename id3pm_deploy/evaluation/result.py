@@ -162,11 +162,11 @@ class Figure:
 
     def to_json(self) -> dict[str, float | None]:
         """Flat keys that begin with the figure's own."""
-        found: dict[str, float | None] = _flat(self.key, self.value)
+        found: dict[str, float | None] = flat(self.key, self.value)
         found[f"{self.key}_chance"] = (
             None if self.chance is None else _known(self.chance)
         )
-        return found | _flat(f"{self.key}_ceiling", self.ceiling)
+        return found | flat(f"{self.key}_ceiling", self.ceiling)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class Evaluation:
             found |= (self.find(key, self.models[0], judge) or nothing).to_json()
         found["figures"] = [_record(figure) for figure in self.figures]
         found["changes"] = [
-            {"model": c.model, "judge": c.judge, **_flat("similarity_change", c.value)}
+            {"model": c.model, "judge": c.judge, **flat("similarity_change", c.value)}
             for c in self.changes
         ]
         return found | {
@@ -277,7 +277,8 @@ def _known(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _flat(key: str, found: Interval | None) -> dict[str, float | None]:
+def flat(key: str, found: Interval | None) -> dict[str, float | None]:
+    """An interval under flat keys: ``key``, ``key_low`` and ``key_high``."""
     there = known(found)
     if there is None:
         return dict.fromkeys((key, f"{key}_low", f"{key}_high"))

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..generate import Pictures, SampleSettings, conditions, make_pictures
 from ..identity.alignment import FaceDetector
 from ..identity.embedders import Embedder, load_embedder
-from ..identity.vectors import identity_file
+from ..identity.vectors import check_identities, identity_file
 from ..images import Pixels
 from ..marks import PictureMark
 from ..models import Model
@@ -24,6 +24,7 @@ from ..parity.machine import machine_facts
 from ..parity.sides import Side, SideRequest, check_same_function, open_side
 from ..progress import progress
 from ..solvers import solver_table
+from ..spec import DiffusionSpec
 from ..training.pictures import picture_paths
 from .measure import Measured, Subject, Yardstick, measured
 from .people import Cut, Photos, people_in, read_faces
@@ -112,6 +113,7 @@ def evaluate(
     models = [one.open_model() for one in request.models]
     spec = check_models(models)
     own, judges = load_embedder(request.embedder), load_judges(request.judges)
+    check_embedder(spec, own)
     sizes = frozenset(one.size for one in (own, *judges))
     cut = Cut(sizes, spec.model.image_size, request.margin)
     detector = FaceDetector()
@@ -141,7 +143,7 @@ def evaluate(
     return evaluation, shown
 
 
-def check_models(models: Sequence[Model]) -> Any:
+def check_models(models: Sequence[Model]) -> DiffusionSpec:
     """The facts that all models share.
 
     Raises:
@@ -160,6 +162,20 @@ def check_models(models: Sequence[Model]) -> Any:
             fix="give a model that makes pictures of identities",
         )
     return first.spec
+
+
+def check_embedder(spec: DiffusionSpec, own: Embedder) -> None:
+    """Refuse another FR model than the models' own, before a photo is read.
+
+    Raises:
+        IdentityError: It is another one.
+    """
+    check_identities(
+        identity_file(np.ones((1, own.dim), np.float32), own.name, own.sha256),
+        dim=spec.identity.dim,
+        model_name=spec.identity.model_name,
+        model_sha256=spec.identity.model_sha256,
+    )
 
 
 def load_judges(specs: Sequence[str]) -> list[Embedder]:

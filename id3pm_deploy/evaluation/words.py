@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from ..benchmark.rounds import Interval
 from .result import (
     IDENTITY_METRICS,
@@ -98,3 +100,13 @@ def estimate(value: Interval | None, digits: int, *, sign: bool = False) -> str:
         return ""
     shown = f"{found.value:+.{digits}f}" if sign else f"{found.value:.{digits}f}"
     return f"{shown} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
+def aligned(lines: Iterable[Sequence[str]]) -> list[str]:
+    """Cells of a table padded to columns, for a terminal."""
+    cells = [*lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
