@@ -35,12 +35,12 @@ class Grid(Embedder):
     """Colours of a 4x4 grid, turned into ``dim`` numbers."""
 
     def __init__(self, name: str, sha256: str | None, dim: int) -> None:
-        self.name, self.sha256, self._dim = name, sha256, dim
+        self.name, self.sha256, self._size = name, sha256, dim
         self._mix = np.random.default_rng(dim).normal(size=(48, dim))
 
     @property
     def dim(self) -> int:
-        return self._dim
+        return self._size
 
     def _forward(self, aligned: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         n, size = aligned.shape[:2]
