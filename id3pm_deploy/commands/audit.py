@@ -107,4 +107,6 @@ def command(
         return
     for line in audit_lines(found):
         click.echo(printable(line))
+    for note in found.notes:
+        say(f"note: {note}")
     click.echo(f"report  {printable(str(paths.page))}")

@@ -37,9 +37,9 @@ from .run import (
     Say,
     Shown,
     check_embedder,
-    check_models,
     described,
     load_judges,
+    open_sides,
     pictures_of,
     read_people,
 )
@@ -158,8 +158,8 @@ def audit(request: EvaluationRequest, say: Say = lambda _: None) -> tuple[Audit,
         FaceError: A photo cannot be used.
         Id3pmError: The model cannot be opened or run.
     """
-    model = request.models[0].open_model()
-    spec = check_models([model])
+    (side,) = open_sides(request)
+    model, spec = side.model, side.model.spec
     own, *rest = load_judges((request.embedder, *request.judges))
     systems = [own, *rest]
     try:
@@ -174,14 +174,12 @@ def audit(request: EvaluationRequest, say: Say = lambda _: None) -> tuple[Audit,
     detector, settings = FaceDetector(), request.settings
     sizes = frozenset(one.size for one in systems)
     cut = Cut(sizes, spec.model.image_size, request.margin)
-    photos = read_people(
-        request.faces, request.limit, detector, cut, request, say, most=2
-    )
+    photos = read_people(request, detector, cut, say, most=2)
     enrolled = np.unique(photos.own, return_index=True)[1]
     templates = own.embed(photos.crops[own.size][enrolled])
     file = identity_file(templates, own.name, own.sha256)
     wanted = conditions(spec, file, settings.count)
-    made = pictures_of(request.models[0], settings, wanted)
+    made = pictures_of(side, settings, wanted)
     owner = np.repeat(np.arange(len(enrolled)), settings.count)
     found = _decided(systems, photos, made, detector, owner)
     mark = made.pictures.marks[0]

@@ -6,14 +6,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .. import __version__
 from ..defaults import MAX_BATCH_SIZE
 from ..errors import InputError
-from ..generate import Pictures, SampleSettings, conditions, make_pictures
+from ..generate import (
+    Conditions,
+    Pictures,
+    SampleSettings,
+    conditions,
+    make_pictures,
+)
+from ..guidance import guidance_scales
 from ..identity.alignment import FaceDetector
 from ..identity.embedders import Embedder, load_embedder
 from ..identity.vectors import check_identities, identity_file
@@ -33,6 +39,7 @@ from .result import Evaluation
 MARGIN = 1.15
 """The crop margin that ``train`` takes."""
 _NOISE_SEED = 0
+_BATCH = 32
 
 Say = Callable[[str], None]
 
@@ -110,26 +117,22 @@ def evaluate(
         FaceError: A photo cannot be used.
         Id3pmError: A model cannot be opened or run.
     """
-    models = [one.open_model() for one in request.models]
-    spec = check_models(models)
+    sides = open_sides(request)
+    models = [side.model for side in sides]
+    spec = models[0].spec
     own, judges = load_embedder(request.embedder), load_judges(request.judges)
     check_embedder(spec, own)
     sizes = frozenset(one.size for one in (own, *judges))
     cut = Cut(sizes, spec.model.image_size, request.margin)
     detector = FaceDetector()
-    photos = read_people(request.faces, request.limit, detector, cut, request, say)
+    photos = read_people(request, detector, cut, say)
+    training = training_pictures(request.training, detector, cut)
     vectors = own.embed(photos.crops[own.size])
     file = identity_file(vectors, own.name, own.sha256)
     wanted = conditions(spec, file, request.settings.count)
-    made = [pictures_of(one, request.settings, wanted) for one in request.models]
-    made = distinct(made)
-    yardstick = Yardstick(
-        detector,
-        tuple(judges),
-        photos,
-        noise_like(photos.small),
-        training_pictures(request.training, detector, cut),
-    )
+    made = distinct([pictures_of(side, request.settings, wanted) for side in sides])
+    noise = noise_like(photos.small)
+    yardstick = Yardstick(detector, tuple(judges), photos, noise, training)
     owner = np.repeat(np.arange(len(photos)), request.settings.count)
     subjects = [Subject(one.name, one.pictures.pixels, owner) for one in made]
     found = measured(yardstick, subjects, say)
@@ -199,27 +202,38 @@ def load_judges(specs: Sequence[str]) -> list[Embedder]:
     return judges
 
 
+def open_sides(request: EvaluationRequest) -> list[Side]:
+    """Every model with its engine, not yet entered, and settings that fit them: what
+    is wrong with these is said before a photo is read.
+
+    Raises:
+        InputError, ParityError: See :func:`check_models`; or the settings do not fit.
+        Id3pmError: A model cannot be opened.
+    """
+    models = [one.open_model() for one in request.models]
+    table = solver_table(check_models(models), request.settings.solver)
+    guidance_scales(request.settings.guidance, table.timesteps)
+    return [open_side(one) for one in request.models]
+
+
 def read_people(
-    folder: Path,
-    limit: int,
+    request: EvaluationRequest,
     detector: FaceDetector,
     cut: Cut,
-    request: Any,
     say: Say,
     most: int = 1,
 ) -> Photos:
-    """The first ``most`` photos of each person, 0: all of them."""
-    people = [p[: most or None] for p in people_in(folder, limit)]
+    """The first ``most`` photos of each person."""
+    people = [paths[:most] for paths in people_in(request.faces, request.limit)]
     with progress(sum(map(len, people)), "photos") as tick:
         return read_faces(
             people, detector, cut, skip_bad=request.skip_bad, say=say, on_done=tick
         )
 
 
-def pictures_of(request: SideRequest, settings: SampleSettings, wanted: Any) -> Made:
+def pictures_of(side: Side, settings: SampleSettings, wanted: Conditions) -> Made:
     """One model's pictures of every condition."""
-    side: Side = open_side(request)
-    settings = dataclasses.replace(settings, batch_size=min(32, MAX_BATCH_SIZE))
+    settings = dataclasses.replace(settings, batch_size=min(_BATCH, MAX_BATCH_SIZE))
     table = solver_table(side.model.spec, settings.solver)
     rows = len(table) * -(-len(wanted.ids) // settings.batch_size)
     with side.engine, progress(rows, side.info.backend) as tick:
