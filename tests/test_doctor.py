@@ -35,6 +35,7 @@ from doctor_fakes import (
 import id3pm_deploy
 from id3pm_deploy.builders.recipe import EngineRecipe
 from id3pm_deploy.cli import main
+from id3pm_deploy.defaults import BACKENDS
 from id3pm_deploy.doctor import flavours, verdicts
 from id3pm_deploy.doctor.examine import examine, exit_status
 from id3pm_deploy.doctor.packages import Packages
@@ -412,7 +413,8 @@ def test_a_plan_for_the_gpu_that_is_there_needs_one(tmp_path: Path) -> None:
 def test_onnx_runtime_on_cuda_is_not_built(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path, backend="onnxruntime", flavour="cuda")
     found = look(tmp_path, CPU, recipes=(recipe,), onnxruntime=runtime())
-    assert found["asked"][0]["fix"] == "use the recipe cpu"
+    assert "--backend onnxruntime-cuda" in found["asked"][0]["fix"]
+    assert "onnxruntime-cuda" in BACKENDS
 
 
 @pytest.mark.parametrize(

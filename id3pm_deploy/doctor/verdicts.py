@@ -24,7 +24,7 @@ RUNTIMES = (
     ("tensorrt", "tensorrt"),
     ("tensorrt", "tensorrt_rtx"),
 )
-"""Backends and flavours whose engines this release can run."""
+"""Backends and flavours whose engines are built, and can be run."""
 
 EXPORT_PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "safetensors")
 """What an export imports, beside ONNX Runtime."""
@@ -39,6 +39,12 @@ class Lack:
 
     what: str
     fix: str
+
+
+_NO_ENGINE = Lack(
+    "an engine to build: on CUDA, ONNX Runtime runs a BUNDLE's graph as it is",
+    "use the recipe cpu, and run the BUNDLE with --backend onnxruntime-cuda",
+)
 
 
 @dataclass(frozen=True)
@@ -176,8 +182,7 @@ def build_verdict(recipe: EngineRecipe, facts: Facts) -> Verdict:
     """Whether the engine can be built here from a graph that exists (a BUNDLE)."""
     if recipe.backend == "onnxruntime":
         if recipe.flavour != "cpu":
-            what = f"a release that builds engines of flavour {recipe.flavour}"
-            return Verdict((Lack(what, "use the recipe cpu"),))
+            return Verdict((_NO_ENGINE,))
         return Verdict(tuple(_runtime_lacks(facts, "cpu")))
     lacks = []
     if recipe.flavour == "tensorrt_rtx" and facts.host.machine != "x86_64":
@@ -219,8 +224,7 @@ def run_verdict(recipe: EngineRecipe, facts: Facts) -> Verdict:
     """Whether the engine, once built, can be run here."""
     lacks: list[Lack] = []
     if (recipe.backend, recipe.flavour) not in RUNTIMES:
-        kind = "ONNX Runtime on CUDA" if recipe.flavour == "cuda" else "TensorRT plans"
-        lacks.append(Lack(f"a release that runs {kind}", "use the recipe cpu"))
+        lacks.append(_NO_ENGINE)
     if recipe.flavour != "cpu":
         lacks += _gpu_lacks(recipe, facts)
     lacks += core_verdict(facts, EXTRAS[recipe.flavour]).lacks
