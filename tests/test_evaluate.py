@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from click.testing import Result
 from evaluation_rig import QUICK, command, install, people
+from models import tiny_network, tiny_spec
 from PIL import Image
 
+from id3pm_deploy.evaluation import run
 from id3pm_deploy.evaluation.result import METRICS
 from id3pm_deploy.images import read_mark
+from id3pm_deploy.reference.checkpoint import save_checkpoint
 
 pytest.importorskip("cv2", reason="needs OpenCV (the extra `faces`)")
 
@@ -116,6 +119,46 @@ def test_bundles_run_in_every_way_that_is_asked_for(
     done = evaluated(faces, out, tiny_bundle, *ways[:2], *ways[4:])
     assert done.exit_code == 0, done.output
     assert len(record(out)["models"]) == 1
+
+
+def test_a_model_that_enlarges(faces: Path, tmp_path: Path) -> None:
+    spec = tiny_spec(low_res_size=8)
+    save_checkpoint(tmp_path / "large", spec, tiny_network(spec).state_dict())
+    done = evaluated(faces, tmp_path / "out", tmp_path / "large")
+    assert done.exit_code == 2
+    assert "it enlarges pictures that are given to it" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_judge(faces: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    out = tmp_path / "out"
+    done = command("evaluate", tiny_checkpoint, "--faces", faces, "--out", out)
+    assert done.exit_code == 2
+    assert "--judge" in done.output
+
+
+@pytest.mark.parametrize("wrong", ["settings", "second model", "training"])
+def test_what_is_wrong_is_said_before_a_picture_is_made(
+    faces: Path,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: str,
+) -> None:
+    def made(*_: object) -> None:
+        raise AssertionError("a picture was made")
+
+    monkeypatch.setattr(run, "make_pictures", made)
+    nothing = tmp_path / "nothing"
+    more: dict[str, list[object]] = {
+        "settings": ["--guidance-interval", 1, 2],
+        "second model": [nothing],
+        "training": ["--training", nothing],
+    }
+    done = evaluated(faces, tmp_path / "out", tiny_checkpoint, *more[wrong])
+    assert isinstance(done.exception, SystemExit)
+    assert done.exit_code in (1, 2)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

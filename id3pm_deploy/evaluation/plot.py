@@ -30,7 +30,7 @@ _COLOURS = 4
 _WIDTH, _LEFT, _RIGHT, _TOP = 860, 190, 30, 14
 _LINE, _GAP, _FLOOR = 15, 14, 36
 _SPREAD_HEIGHT, _BINS = 230, 40
-_MARKS = 5
+_MARKS, _STEPS = 6, (0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,11 @@ class _Axis:
     def drawn(self, floor: float) -> list[str]:
         """Grid and numbers."""
         parts = []
-        for value in np.linspace(self.low, self.high, _MARKS + 1).tolist():
+        span = self.high - self.low
+        step = next((one for one in _STEPS if span <= _MARKS * one), span)
+        last = math.floor(self.high / step + 1e-9)
+        for number in range(math.ceil(self.low / step - 1e-9), last + 1):
+            value = number * step
             x = self.x(value)
             parts.append(line("grid", x, _TOP, x, floor))
             parts.append(text(x, floor + 16, f"{value:.2g}", "middle"))
@@ -130,7 +134,10 @@ def _lowest(row: PlotRow) -> float:
 
 
 def _ends(row: PlotRow, axis: _Axis, top: float, bottom: float) -> list[str]:
-    """Marks of chance and ceiling across the lines of all series."""
+    """Marks of chance and ceiling across the lines of all series; none where there is
+    nothing between them."""
+    if all(one is None for one in row.values):
+        return []
     ceiling = None if row.ceiling is None else row.ceiling.value
     return [
         line(f"tick {name}", axis.x(value), top, axis.x(value), bottom)
