@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import defaults
-from .arguments import Guidance, Solver, count_with, guidance_of, one_each, solver_of
+from .arguments import Guidance, Solver, count_with, one_each, way_of
 from .attributes import Attributes, Stated, known_to
 from .batch import Batch, Picture, check_finite, joined
 from .control.annealing import Annealing
@@ -173,16 +173,17 @@ class Sampler:
         directions: Directions | str | os.PathLike[str] | None = None,
         annealing: Annealing | None = None,
         count: int = defaults.COUNT,
+        preset: str | None = None,
         guidance: Guidance | None = None,
         steps: int | None = None,
-        solver: Solver = defaults.SOLVER,
+        solver: Solver | None = None,
         seed: int = 0,
         batch_size: int = defaults.BATCH_SIZE,
         low_res: Pixels | None = None,
         enlarge: bool = True,
-        sr_solver: Solver = defaults.SR_SOLVER,
+        sr_solver: Solver | None = None,
         sr_steps: int | None = None,
-        sr_guidance: Guidance = defaults.SR_GUIDANCE,
+        sr_guidance: Guidance | None = None,
         sr_batch_size: int = defaults.SR_BATCH_SIZE,
         limits: Limits = _NO_LIMITS,
     ) -> Iterator[Batch]:
@@ -204,9 +205,12 @@ class Sampler:
             directions: Those that shots name, or their file.
             annealing: Of conditions, for more diverse pictures of less likeness.
             count: Pictures of each identity.
-            guidance: Scale or settings; None: what suits the model.
-            steps: Solver steps; None: 50, or those of a ``solver`` that has them.
-            solver: Name or settings.
+            preset: ``fast``, ``balanced`` or ``reference``: what to take of both stages
+                where nothing is given; None is ``balanced``.
+            guidance: Scale or settings; None: the preset's, fitted to the model.
+            steps: Solver steps; None: the preset's, or those of a ``solver`` that has
+                them.
+            solver: Name or settings; None: the preset's.
             seed: Of all noise.
             batch_size: Pictures made at once; cannot change them.
             low_res: [n, h, w, 3] uint8, what a super-resolution model enlarges, each
@@ -226,21 +230,20 @@ class Sampler:
         count = count_with(spec, low_res, count)
         file = identities_of(spec, identities)
         settings = SampleSettings(
-            solver_of(solver, steps, defaults.STEPS),
-            guidance_of(guidance, spec),
+            *way_of(spec, preset, solver, steps, guidance),
             seed,
             count,
             batch_size,
+            preset=preset,
             annealing=annealing,
         )
         enlarger = self._second if enlarge else None
         larger = settings
         if enlarger is not None:
+            own = enlarger.model.spec
+            way, scale = way_of(own, preset, sr_solver, sr_steps, sr_guidance)
             larger = dataclasses.replace(
-                settings,
-                solver=solver_of(sr_solver, sr_steps, defaults.SR_STEPS),
-                guidance=guidance_of(sr_guidance, enlarger.model.spec),
-                batch_size=sr_batch_size,
+                settings, solver=way, guidance=scale, batch_size=sr_batch_size
             )
         stages = self._stage, enlarger
         if shots is not None:
@@ -346,17 +349,18 @@ class Sampler:
         shot: Shot | None = None,
         directions: Directions | str | os.PathLike[str] | None = None,
         annealing: Annealing | None = None,
+        preset: str | None = None,
         steps: int | None = None,
         guidance: Guidance | None = None,
         seed: int = 0,
         sample: int = 0,
         deadline: float | None = None,
-        solver: Solver = defaults.SOLVER,
+        solver: Solver | None = None,
         low_res: Pixels | None = None,
         enlarge: bool = True,
-        sr_solver: Solver = defaults.SR_SOLVER,
+        sr_solver: Solver | None = None,
         sr_steps: int | None = None,
-        sr_guidance: Guidance = defaults.SR_GUIDANCE,
+        sr_guidance: Guidance | None = None,
     ) -> Picture:
         """One picture, made in company of what other coroutines ask for; the same that
         :meth:`sample` makes. Cancel the task to give it up.
@@ -372,7 +376,7 @@ class Sampler:
                 whom it names.
             directions: Those that ``shot`` names, or their file.
             annealing: As for :meth:`sample`.
-            steps, guidance, seed, solver: As for :meth:`sample`.
+            preset, steps, guidance, seed, solver: As for :meth:`sample`.
             sample: Number of the sample, which is a part of its noise's address.
             deadline: Of the whole, by ``time.monotonic``.
             low_res: [1, h, w, 3] uint8, what a super-resolution model enlarges.
@@ -390,9 +394,9 @@ class Sampler:
         count = count_with(spec, low_res, 1)
         file = identities_of(spec, identity)
         settings = SampleSettings(
-            solver_of(solver, steps, defaults.STEPS),
-            guidance_of(guidance, spec),
+            *way_of(spec, preset, solver, steps, guidance),
             seed,
+            preset=preset,
             annealing=annealing,
         )
         stated = attributes or {}
@@ -406,10 +410,10 @@ class Sampler:
         enlarges = self._second if enlarge else None
         if enlarges is not None:
             own = enlarges.model.spec
-            chosen = SampleSettings(
-                solver_of(sr_solver, sr_steps, defaults.SR_STEPS),
-                guidance_of(sr_guidance, own),
+            large_settings = SampleSettings(
+                *way_of(own, preset, sr_solver, sr_steps, sr_guidance),
                 seed,
+                preset=preset,
             )
             few = known_to(own.attributes, stated)
             larger = (
@@ -417,7 +421,7 @@ class Sampler:
                 if shot is None
                 else conditions_of(own, [shot], *named)
             )
-            large = plan_of_one(enlarges, chosen, larger)
+            large = plan_of_one(enlarges, large_settings, larger)
         plan = plan_of_one(self._stage, settings, wanted)
         small = None if low_res is None else low_res_from_pixels(low_res)
         picture = await served(self._stage, plan, sample, small, deadline)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import defaults
 from .errors import InputError
 from .generate import Conditions
 from .guidance import GuidanceSettings
 from .images import Pixels
+from .presets import preset_called
 from .solvers import SolverSettings
 from .spec import DiffusionSpec
 
@@ -16,28 +16,40 @@ Guidance = float | GuidanceSettings
 Solver = str | SolverSettings
 
 
-def solver_of(solver: Solver, steps: int | None, default: int) -> SolverSettings:
-    """A solver from its name and steps, or from settings that have both."""
-    if isinstance(solver, str):
-        return SolverSettings(solver, default if steps is None else steps)
-    if steps is not None and steps != solver.steps:
-        raise InputError(
-            "steps are given twice", why=f"{steps}, and {solver.steps} in the solver"
-        )
-    return solver
+def way_of(
+    spec: DiffusionSpec,
+    preset: str | None,
+    solver: Solver | None,
+    steps: int | None,
+    guidance: Guidance | None,
+) -> tuple[SolverSettings, GuidanceSettings]:
+    """Solver and guidance of a stage: what is given, and for the rest the preset.
 
+    Args:
+        spec: Of the stage's model.
+        preset: Its name; None: the defaults, which are ``balanced``.
+        solver: Name, or settings, which have steps of their own.
+        steps: Of ``solver``.
+        guidance: Scale, for the preset's schedule, or settings.
 
-def guidance_of(guidance: Guidance | None, spec: DiffusionSpec) -> GuidanceSettings:
-    """Guidance from a scale, or what suits the model."""
-    if isinstance(guidance, GuidanceSettings):
-        return guidance
-    if guidance is None:
-        guidance = defaults.GUIDANCE
-        if spec.model.low_res_size is not None:
-            guidance = defaults.SR_GUIDANCE
-        if not spec.condition_dim:
-            guidance = 1.0
-    return GuidanceSettings(float(guidance))
+    Raises:
+        InputError: There is no such preset, or steps are given twice.
+    """
+    own = preset_called(preset or "balanced").of(spec)
+    if isinstance(solver, SolverSettings):
+        if steps is not None and steps != solver.steps:
+            raise InputError(
+                "steps are given twice",
+                why=f"{steps}, and {solver.steps} in the solver",
+            )
+    else:
+        many = own.steps if steps is None else steps
+        solver = SolverSettings(solver or own.solver, many)
+    if not isinstance(guidance, GuidanceSettings):
+        scale = own.guidance if guidance is None else float(guidance)
+        interval = own.guidance_interval
+        guidance = GuidanceSettings(scale, own.guidance_schedule, interval=interval)
+    return solver, guidance
 
 
 def count_with(spec: DiffusionSpec, low_res: Pixels | None, count: int) -> int:

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from models import tiny_network, tiny_spec
 
 from id3pm_deploy import defaults
+from id3pm_deploy.arguments import way_of
 from id3pm_deploy.cli import main
 from id3pm_deploy.commands.options import (
     fit_options,
@@ -102,6 +103,31 @@ def test_what_the_user_says_wins() -> None:
     # A value that happens to be the default is the user's none the less.
     first, _ = resolved(("--preset", "fast", "--steps", "50"), KNOWN)
     assert first.solver.steps == 50
+
+
+@pytest.mark.parametrize("spec", [KNOWN, UNKNOWN, FEW, ENLARGES])
+@pytest.mark.parametrize("name", [None, *PRESETS])
+def test_the_library_takes_what_the_command_line_takes(
+    name: str | None, spec: DiffusionSpec
+) -> None:
+    words = () if name is None else ("--preset", name)
+    if name is None and spec is FEW:
+        words = ("--preset", "balanced")  # which has no more steps than there are
+    for given, more in (({}, ()), ({"guidance": 1.5}, ("--guidance", "1.5"))):
+        wanted, _ = resolved((*words, *more), spec)
+        asked: dict[str, Any] = {"solver": None, "steps": None, "guidance": None}
+        assert way_of(spec, name, **asked | given) == (wanted.solver, wanted.guidance)
+    wanted, _ = resolved((*words, "--solver", "ddim", "--steps", "7"), spec)
+    settings = SolverSettings("ddim", 7)
+    for solver, steps in (("ddim", 7), (settings, None), (settings, 7)):
+        assert way_of(spec, name, solver, steps, None)[0] == wanted.solver
+    with pytest.raises(InputError, match="steps are given twice"):
+        way_of(spec, name, settings, 8, None)
+
+
+def test_the_library_knows_no_other_preset() -> None:
+    with pytest.raises(InputError, match="no preset 'quick'"):
+        way_of(KNOWN, "quick", None, None, None)
 
 
 def test_a_preset_fits_the_model() -> None:
