@@ -208,7 +208,10 @@ def _refuse_torch_options(backend: str, device: str, compiled: bool | str) -> No
             f"the backend {backend} takes no --device {device}",
             why="it is a setting of the torch backend and of "
             + " and ".join(ORT_GPU_BACKENDS),
-            fix="leave it out, or choose one of them with --backend",
+            fix="leave it out: a plan runs on the first GPU that CUDA_VISIBLE_DEVICES "
+            "lets it see"
+            if backend == "tensorrt"
+            else "leave it out, or choose one of them with --backend",
         )
 
 

@@ -324,6 +324,9 @@ def test_backends_and_devices_that_do_not_fit(
     bundle, checkpoint = open_model(tiny_bundle), open_model(tiny_checkpoint)
     with pytest.raises(InputError, match="takes no --device cuda"):
         open_engine(bundle, "onnxruntime", device="cuda")
+    with pytest.raises(InputError, match="takes no --device cuda:1") as error:
+        open_engine(bundle, "tensorrt", device="cuda:1")
+    assert "CUDA_VISIBLE_DEVICES" in error.value.fix
     with pytest.raises(InputError, match="--compile is a setting of the torch"):
         open_engine(bundle, "onnxruntime-cuda", compiled=True)
     with pytest.raises(EngineError, match="no engine for the onnxruntime-tensorrt"):
