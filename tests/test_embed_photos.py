@@ -13,7 +13,7 @@ from test_training import MeanColour
 
 from id3pm_deploy.commands.embed import command
 from id3pm_deploy.errors import FaceError, InputError
-from id3pm_deploy.identity import alignment, embedders
+from id3pm_deploy.identity import alignment, embed, embedders
 from id3pm_deploy.identity.embed import average_identity, embed_photos
 from id3pm_deploy.identity.vectors import IdentityFile, load_identities
 
@@ -62,6 +62,28 @@ def test_all_that_is_wrong_is_named_at_once(photos: list[Path]) -> None:
         embedded(photos[3:5], skip_bad=True)
     with pytest.raises(FaceError, match="2 faces"):
         embedded(photos[4:5], skip_bad=True)
+
+
+def test_the_fr_model_gets_batches_once_all_photos_are_known(
+    photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    class Batches(MeanColour):
+        def _forward(self, aligned: Any) -> Any:
+            sizes.append(len(aligned))
+            return super()._forward(aligned)
+
+    good = [photos[0], photos[2], photos[5]]
+    found = embed_photos(good, Batches(), Named())  # type: ignore[arg-type]
+    assert sizes == [3]
+    assert np.array_equal(found.vectors, embedded(good).vectors)
+    with pytest.raises(InputError, match="3 of 6"):
+        embed_photos(photos, Batches(), Named())  # type: ignore[arg-type]
+    assert sizes == [3]
+    monkeypatch.setattr(embed, "_BATCH", 2)
+    embed_photos(good, Batches(), Named())  # type: ignore[arg-type]
+    assert sizes == [3, 2, 1]
 
 
 def test_bad_photos_are_left_out_and_told(photos: list[Path]) -> None:

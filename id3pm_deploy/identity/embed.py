@@ -25,6 +25,7 @@ from .vectors import Float32Array, IdentityFile, identity_file
 MAX_PIXELS = 100_000_000
 MAX_SCANS = 100
 _BAND = 256  # rows
+_BATCH = 64  # faces that an FR model gets at once
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 
@@ -178,13 +179,25 @@ def embed_images(
         FaceError: A picture has no face, several or a too small one.
         IdentityError: The FR model's answer is unusable.
     """
-    rows = [np.zeros((0, embedder.dim), dtype=np.float32)] if not images else []
+    crops = []
     for index, rgb in enumerate(images):
         name = names[index] if names else f"picture {index}"
         face = detector.find_face(rgb, largest=largest, min_size=min_size, name=name)
-        crop = align(rgb, face.points, embedder.size)
-        rows.append(embedder.embed(crop[None]))
+        crops.append(align(rgb, face.points, embedder.size))
         on_done()
+    return embed_crops(crops, embedder)
+
+
+def embed_crops(crops: Sequence[Image], embedder: Embedder) -> Float32Array:
+    """Vectors [n, D], raw, of aligned faces, which the FR model gets in batches.
+
+    Raises:
+        IdentityError: The FR model's answer is unusable.
+    """
+    if not crops:
+        return np.zeros((0, embedder.dim), dtype=np.float32)
+    batches = range(0, len(crops), _BATCH)
+    rows = [embedder.embed(np.stack(crops[i : i + _BATCH])) for i in batches]
     return np.concatenate(rows)
 
 
@@ -203,7 +216,8 @@ def embed_photos(
     """The identity file of some photos; nothing about the photos is in it.
 
     Args:
-        paths: Photos, at least one. One at a time is held in memory.
+        paths: Photos, at least one. One at a time is held in memory; the FR model is
+            not asked before all of them have been looked at.
         embedder: The FR model.
         detector: The face detector.
         largest: Take the widest of several faces instead of refusing.
@@ -226,15 +240,14 @@ def embed_photos(
     """
     if not paths:
         raise InputError("no photo was given", fix="name at least one")
-    rows: list[Float32Array] = []
+    crops: list[Image] = []
     bad: list[InputError | FaceError] = []
     first: dict[str, Path] = {}
     for path in paths:
         try:
             rgb = read_photo(path)
-            options: dict[str, Any] = {"largest": largest, "min_size": min_size}
-            vector = embed_images(
-                [rgb], embedder, detector, names=[str(path)], **options
+            face = detector.find_face(
+                rgb, largest=largest, min_size=min_size, name=str(path)
             )
         except (InputError, FaceError) as error:
             bad.append(error)
@@ -243,10 +256,10 @@ def embed_photos(
             if same is not path:
                 tell(f"{path} is the same picture as {same}")
             if same is path or not average:
-                rows.append(vector)
+                crops.append(align(rgb, face.points, embedder.size))
         on_done()
     _check_bad(bad, len(paths), skip_bad, tell)
-    vectors = np.concatenate(rows)
+    vectors = embed_crops(crops, embedder)
     if average:
         vectors = average_identity(vectors)
     return identity_file(vectors, embedder.name, embedder.sha256)
