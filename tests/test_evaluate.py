@@ -13,6 +13,7 @@ from evaluation_rig import QUICK, command, install, people
 from models import tiny_network, tiny_spec
 from PIL import Image
 
+from id3pm_deploy.commands.evaluate import engine_requests
 from id3pm_deploy.evaluation import run
 from id3pm_deploy.evaluation.result import METRICS
 from id3pm_deploy.images import read_mark
@@ -208,3 +209,17 @@ def test_a_folder_of_others_is_left_alone(
     assert done.exit_code == 2
     assert "something else than an earlier report" in done.output
     assert [one.name for one in (tmp_path / "mine").iterdir()] == ["diary.txt"]
+
+
+def test_the_device_is_of_those_who_have_a_choice(
+    tiny_checkpoint: Path, tiny_bundle: Path
+) -> None:
+    values = {"threads": 0, "trust": False, "device": "cuda:1", "precisions": ()}
+    values["backends"] = ("onnxruntime", "onnxruntime-cuda")
+    found = engine_requests((tiny_checkpoint, tiny_bundle), values)
+    devices = [(one.backend, one.device) for one in found]
+    assert devices == [
+        ("auto", "cuda:1"),
+        ("onnxruntime", "cpu"),
+        ("onnxruntime-cuda", "cuda:1"),
+    ]

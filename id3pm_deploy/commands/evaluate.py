@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..defaults import BACKENDS, PRECISIONS
+from ..defaults import BACKENDS, ORT_GPU_BACKENDS, PRECISIONS
 from ..errors import InputError
 from .options import (
     PATH,
@@ -71,7 +71,7 @@ COUNT = 2
     type=click.Choice(PRECISIONS),
     help="Of the BUNDLEs; repeated, each runs in each.",
 )
-@option("--device", default="cpu", help="Device of the torch backend.")
+@option("--device", default="cpu", help="Of PyTorch, and of ONNX Runtime on a GPU.")
 @option("--threads", default=0, help="CPU threads; 0 leaves the runtime's choice.")
 @trust_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -132,7 +132,8 @@ def engine_requests(
     from ..checkpoint_config import is_checkpoint
     from ..parity.sides import SideRequest
 
-    common = {name: values[name] for name in ("threads", "trust", "device")}
+    common = {name: values[name] for name in ("threads", "trust")}
+    device = values["device"]
     bundles = [path for path in models if not is_checkpoint(path)]
     if not bundles and (values["backends"] or values["precisions"]):
         raise InputError(
@@ -143,10 +144,17 @@ def engine_requests(
     found = []
     for path in models:
         if path not in bundles:
-            found.append(SideRequest(path, **common))
+            found.append(SideRequest(path, device=device, **common))
             continue
+        # Other backends have no choice of a device, and would refuse it.
         found += [
-            SideRequest(path, backend, precision, **common)
+            SideRequest(
+                path,
+                backend,
+                precision,
+                device=device if backend in ORT_GPU_BACKENDS else "cpu",
+                **common,
+            )
             for backend in values["backends"] or ("auto",)
             for precision in values["precisions"] or (None,)
         ]
